@@ -1,0 +1,194 @@
+"""Attention layers: Native Sparse Attention, and its dense and sliding-window controls on torch's own attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsa_transformer.config import ModelConfig, NSAConfig
+from nsa_transformer.kernels import nsa_attention
+from nsa_transformer.models.cache import LayerCache, visible_tail
+from nsa_transformer.models.layout import PackLayout
+from nsa_transformer.models.rope import RotaryEmbedding
+
+
+class BlockCompressor(nn.Module):
+    """φ of equation 7: the l keys (or values) of a block, each with a learned position embedding, become one.
+
+    `mlp`: the block, flattened, through a two-layer MLP shared by the heads. `mean`: the average.
+    """
+
+    def __init__(self, dim: int, config: NSAConfig) -> None:
+        super().__init__()
+        self.kind = config.compression
+        if self.kind == "mlp":
+            self.position = nn.Parameter(torch.empty(config.compress_block, dim))
+            self.up = nn.Linear(config.compress_block * dim, dim, bias=False)
+            self.down = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x `[T, heads, dim]`, rows int64 `[N, l]` into it: `[N, heads, dim]`."""
+        block = x[rows].transpose(1, 2)  # [N, heads, l, dim]
+        if self.kind == "mean":
+            return block.mean(2)
+        return self.down(F.silu(self.up((block + self.position.to(x.dtype)).flatten(2))))
+
+
+class NativeSparseAttention(nn.Module):
+    """Native Sparse Attention (arXiv 2502.11089) as a layer: projections, rotation, compression, gates, three branches, output.
+
+    Args:
+        hidden_size: width of x.
+        num_heads, num_kv_heads: query heads and key/value heads; the latter divide the former.
+        head_dim: width of queries and keys, even.
+        config: geometry.
+        head_dim_v: width of values; None: `head_dim`.
+        rope: rotary embedding of width `head_dim`; None: the default one.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        config: NSAConfig | None = None,
+        head_dim_v: int | None = None,
+        *,
+        rope: RotaryEmbedding | None = None,
+    ) -> None:
+        super().__init__()
+        config = NSAConfig() if config is None else config
+        if min(hidden_size, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}, and every size must be at least 1")
+        if head_dim % 2:
+            raise ValueError(f"head_dim={head_dim} must be even for the rotary embedding; write {head_dim + 1}")
+        self.config = config
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.head_dim_v = head_dim, head_dim if head_dim_v is None else head_dim_v
+        self.rope = RotaryEmbedding(head_dim) if rope is None else rope
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        # Three independent keys and values (section 3.3.3), in the order compressed, selected, window.
+        self.k_proj = nn.Linear(hidden_size, 3 * num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, 3 * num_kv_heads * self.head_dim_v, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim_v, hidden_size, bias=False)
+        self.k_compress = BlockCompressor(head_dim, config)
+        self.v_compress = BlockCompressor(self.head_dim_v, config)
+        self.gate = GateMLP(hidden_size, num_heads)
+        self.attend: Callable[..., Tensor] = nsa_attention  # type: ignore[assignment]
+        # As a part of `Transformer` these are drawn again, from its seed.
+        for parameter in (p for c in (self.k_compress, self.v_compress) for n, p in c.named_parameters() if n == "position"):
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x `[T, hidden]` packed by `cu_seqlens` (int32 `[num_docs + 1]`; None: one document): `[T, hidden]`.
+
+        `layout` saves building the positions again in each layer. With a `cache`, x continues one sequence and `layout` says where.
+        """
+        if x.dim() != 2:
+            raise ValueError(f"x has shape {list(x.shape)}; give [T, hidden], packed tokens without a batch axis")
+        if layout is None:
+            layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
+        q = layout.rotation(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
+        k_cmp, k_slc, k_win = self.k_proj(x).unflatten(-1, (3, self.num_kv_heads, self.head_dim)).unbind(1)
+        v_cmp, v_slc, v_win = self.v_proj(x).unflatten(-1, (3, self.num_kv_heads, self.head_dim_v)).unbind(1)
+        k_slc, k_win = layout.rotation(k_slc), layout.rotation(k_win)
+        gates = self.gate(x)
+        if cache is None:
+            k_cmp = layout.cmp_rotation(self.k_compress(k_cmp, layout.cmp_rows))
+            v_cmp = self.v_compress(v_cmp, layout.cmp_rows)
+            out = self.attend(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, self.config, cu_seqlens=layout.cu_seqlens)
+        else:
+            named = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
+            rows = {name: cache.append(name, new) for name, new in named.items()}
+            rows["k_cmp"], rows["v_cmp"] = self._compress_tail(k_cmp, v_cmp, cache)
+            total = rows["k_slc"].shape[0]
+            ends = visible_tail(total, x.device)
+            out = self.attend(q=q, **rows, gates=gates, config=self.config, cu_seqlens=layout.cu_seqlens, cu_seqlens_k=ends)
+        return self.o_proj(out.flatten(1))
+
+    def _compress_tail(self, k_raw: Tensor, v_raw: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """Append raw keys and values, compress the blocks that became whole, and return all compressed rows."""
+        block, stride = self.config.compress_block, self.config.compress_stride
+        k_raw, v_raw = cache.append("k_raw", k_raw), cache.append("v_raw", v_raw)
+        done = cache.length("k_cmp")
+        index = torch.arange(done, max(done, (k_raw.shape[0] - block) // stride + 1), device=k_raw.device)
+        rows = index[:, None] * stride + torch.arange(block, device=k_raw.device)
+        k_new = self.rope.rotation(index * stride + block // 2)(self.k_compress(k_raw, rows))
+        return cache.append("k_cmp", k_new), cache.append("v_cmp", self.v_compress(v_raw, rows))
+
+
+class GateMLP(nn.Module):
+    """Equation 5's gates from the layer's input: an MLP and a sigmoid, `[T, heads, 3]` in float32."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        width = max(hidden_size // 4, 1)
+        self.num_heads = num_heads
+        self.up = nn.Linear(hidden_size, width, bias=False)
+        self.down = nn.Linear(width, 3 * num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x))).float().sigmoid().unflatten(-1, (self.num_heads, 3))
+
+
+class DenseAttention(nn.Module):
+    """Causal attention of one key and value per token; with a `window`, only the last `window` keys."""
+
+    def __init__(self, config: ModelConfig, rope: RotaryEmbedding, window: int | None) -> None:
+        super().__init__()
+        self.config, self.rope, self.window = config.nsa, rope, window
+        self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim_v = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim_v, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim_v, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerCache | None = None) -> Tensor:
+        """As `NativeSparseAttention.forward`."""
+        if layout is None:
+            layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
+        q = layout.rotation(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
+        k = layout.rotation(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim_v))
+        if cache is None:
+            out = packed_attention(q, k, v, layout.cu_seqlens, self.window)
+        else:
+            out = _attend_document(q, cache.append("k", k), cache.append("v", v), self.window)
+        return self.o_proj(out.flatten(1))
+
+
+@torch.compiler.disable  # the boundaries are read on the host
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    """torch's attention on each document: q `[T, Hq, Dk]`, k, v `[T, Hkv, …]` to `[T, Hq, Dv]`."""
+    lengths = cu_seqlens.diff().tolist()
+    pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    out = [_attend_document(*piece, window) for piece in pieces if len(piece[0])]
+    return torch.cat(out) if out else q.new_empty(0, q.shape[1], v.shape[2])
+
+
+def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Queries that end where the keys end. The window goes by chunks of its own length, so that its mask is not quadratic."""
+    queries, keys = q.shape[0], k.shape[0]
+    if window is None or window >= keys:
+        if queries == keys:
+            return _sdpa(q, k, v, is_causal=True)
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        return _sdpa(q, k, v, attn_mask=mask)
+    out = []
+    for start in range(0, queries, max(window, 64)):
+        end = min(start + max(window, 64), queries)
+        t = torch.arange(keys - queries + start, keys - queries + end, device=q.device)[:, None]
+        first = max(0, keys - queries + start - window + 1)
+        last = keys - queries + end
+        key = torch.arange(first, last, device=q.device)
+        out.append(_sdpa(q[start:end], k[first:last], v[first:last], attn_mask=(key <= t) & (key > t - window)))
+    return torch.cat(out)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **kwargs).squeeze(0).transpose(0, 1)

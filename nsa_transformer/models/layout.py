@@ -1,0 +1,57 @@
+"""Where the tokens of a pack stand: computed once, shared by all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa_transformer.config import NSAConfig
+from nsa_transformer.models.rope import RotaryEmbedding, Rotation
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """Positions, rotations and compressed blocks of T packed tokens. Nothing here waits for the device.
+
+    cu_seqlens   int32 [num_docs + 1]
+    document     int64 [T], which document each token belongs to
+    rotation     of the tokens
+    cmp_rows     int64 [N', l], tokens of each compressed block, N' = T // d; rows past the documents' blocks point anywhere
+    cmp_rotation of the compressed keys, at the middle of their blocks
+    """
+
+    cu_seqlens: Tensor
+    document: Tensor
+    rotation: Rotation
+    cmp_rows: Tensor
+    cmp_rotation: Rotation
+
+    @staticmethod
+    def build(
+        num_tokens: int, cu_seqlens: Tensor | None, config: NSAConfig, rope: RotaryEmbedding, device: torch.device, start: int = 0
+    ) -> PackLayout:
+        """`start`: position of the first token of each document, where a cache holds those before it."""
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.device != device:
+            was = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
+            raise ValueError(f"cu_seqlens is {was}; give torch.int32 [num_docs + 1] on {device}")
+        cu = cu_seqlens.long()
+        owner, positions = _position_in_group(cu, torch.arange(num_tokens, device=device))
+
+        block, stride = config.compress_block, config.compress_stride
+        counts = ((cu.diff() - block).div(stride, rounding_mode="floor") + 1).clamp(min=0)
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        document, index = _position_in_group(ends, torch.arange(num_tokens // stride, device=device))
+        rows = (cu[document] + index * stride)[:, None] + torch.arange(block, device=device)
+        cmp_positions = index * stride + block // 2
+        rows = rows.clamp(0, max(num_tokens - 1, 0))
+        return PackLayout(cu_seqlens, owner, rope.rotation(positions + start), rows, rope.rotation(cmp_positions))
+
+
+def _position_in_group(boundaries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Which group [boundaries[g], boundaries[g + 1]) each index lies in, and where in it; past the end, the last group."""
+    group = torch.searchsorted(boundaries[1:].contiguous(), index, right=True).clamp(max=max(len(boundaries) - 2, 0))
+    return group, index - boundaries[group]

@@ -1,0 +1,117 @@
+"""Mixture-of-experts layer in the manner of DeepSeekMoE (arXiv 2401.06066): shared experts that every token visits, and
+fine-grained routed ones, balanced without an auxiliary loss by a bias on the routing scores (arXiv 2408.15664)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsa_transformer.config import MoEConfig
+from nsa_transformer.kernels import experts
+
+
+class MLP(nn.Module):
+    """SwiGLU, `[T, hidden]` to `[T, hidden]`."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """What one pass through a layer says of its router.
+
+    load       int64 [E], visits of real tokens to each expert
+    auxiliary  float32 scalar, the weighted balance and z losses, summed over real tokens
+    """
+
+    load: Tensor
+    auxiliary: Tensor
+
+
+class Router(nn.Module):
+    """Sigmoid scores in float32; the top k by score plus bias, weighted by their renormalised scores alone."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[T, hidden]` to indices int64 `[T, k]`, weights float32 `[T, k]`, logits float32 `[T, E]`."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid()
+        indices = (scores.detach() + self.bias).topk(self.config.top_k, dim=-1).indices
+        weights = scores.gather(-1, indices)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.config.routed_scaling
+        return indices, weights, logits
+
+    def statistics(self, logits: Tensor, indices: Tensor, document: Tensor, num_documents: int, valid: Tensor | None) -> RouterStatistics:
+        """Load, sequence-wise balance loss (arXiv 2412.19437, equations 17–20; a sequence is a document) and z-loss (arXiv 2202.08906).
+
+        document int64 `[T]`; valid bool `[T]`, False for padding, None for no padding.
+        """
+        config = self.config
+        chosen = torch.zeros_like(logits).scatter_(-1, indices, 1.0)
+        if valid is not None:
+            chosen = chosen * valid[:, None]
+        auxiliary = logits.new_zeros(())
+        if config.sequence_loss_weight and torch.is_grad_enabled():
+            scores = logits.sigmoid()
+            share = scores / scores.sum(-1, keepdim=True)
+            if valid is not None:
+                share = share * valid[:, None]
+            shape = (num_documents, config.num_experts)
+            visits = chosen.new_zeros(shape).index_add_(0, document, chosen)
+            shares = share.new_zeros(shape).index_add(0, document, share)
+            tokens = visits.sum(-1, keepdim=True).clamp(min=1.0) / config.top_k
+            # tokens * sum_i f_i P_i, with f = visits * E / (k * tokens) and P = shares / tokens
+            auxiliary = auxiliary + config.sequence_loss_weight * (visits * shares / tokens).sum() * config.num_experts / config.top_k
+        if config.z_loss_weight and torch.is_grad_enabled():
+            z = logits.logsumexp(-1).square()
+            auxiliary = auxiliary + config.z_loss_weight * (z if valid is None else z * valid).sum()
+        return RouterStatistics(chosen.detach().sum(0).long(), auxiliary)
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor) -> None:
+        """Once per optimizer step, from the load `[E]` of the whole step over all ranks: overloaded experts down, the others up."""
+        load = load.float()
+        self.bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
+        self.bias -= self.bias.mean()
+
+
+class MixtureOfExperts(nn.Module):
+    """Experts stored stacked: `w13` `[E, 2I, H]` (gate rows, then up) and `w2` `[E, H, I]`."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.router = Router(hidden_size, config)
+        self.w13 = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.expert_size))
+        self.shared = MLP(hidden_size, config.num_shared_experts * config.expert_size) if config.num_shared_experts else None
+        self.experts: Callable[..., Tensor] = experts
+        for parameter in (self.w13, self.w2):
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor, document: Tensor, num_documents: int, valid: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
+        """x `[T, hidden]`; document int64 `[T]`; valid bool `[T]`: padding is computed but not counted."""
+        indices, weights, logits = self.router(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        y = self.experts(x.to(dtype), indices, weights, self.w13.to(dtype), self.w2.to(dtype))
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, self.router.statistics(logits, indices, document, num_documents, valid)

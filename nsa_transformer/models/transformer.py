@@ -1,0 +1,199 @@
+"""The decoder-only transformer: pre-norm blocks of attention and experts."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsa_transformer.config import ModelConfig
+from nsa_transformer.models.attention import DenseAttention, NativeSparseAttention
+from nsa_transformer.models.cache import KVCache, LayerCache
+from nsa_transformer.models.layout import PackLayout
+from nsa_transformer.models.loss import summed_loss, token_losses
+from nsa_transformer.models.moe import MLP, MixtureOfExperts, RouterStatistics
+from nsa_transformer.models.rope import RotaryEmbedding
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a pass over a pack gives to training.
+
+    loss       float32, the summed negative log-likelihood in nats of all targets, or one value per token `[T]`
+    auxiliary  float32 scalar, router losses summed over real tokens
+    load       int64 [MoE layers, E], visits of real tokens to experts
+    """
+
+    loss: Tensor
+    auxiliary: Tensor
+    load: Tensor
+
+
+class Block(nn.Module):
+    """norm → attention → norm → experts or MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention: NativeSparseAttention | DenseAttention
+        if config.attention == "nsa":
+            self.attention = NativeSparseAttention(
+                config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.nsa, config.head_dim_v, rope=rope
+            )
+        else:
+            self.attention = DenseAttention(config, rope, config.nsa.window if config.attention == "window" else None)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        has_experts = config.layer_has_experts(index)
+        self.mlp = MixtureOfExperts(config.hidden_size, config.moe) if has_experts else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, layout: PackLayout, valid: Tensor | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        x = x + self.attention(self.attention_norm(x), layout=layout, cache=cache)
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MixtureOfExperts):
+            y, statistics = self.mlp(normed, layout.document, len(layout.cu_seqlens) - 1, valid)
+            return x + y, statistics
+        return x + self.mlp(normed), None
+
+
+class Transformer(nn.Module):
+    """A language model over packed documents. `init_weights(seed)` draws the weights; nothing here knows of ranks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = RotaryEmbedding(config.head_dim, config.rope_theta, config.max_position_embeddings, config.original_max_position_embeddings)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index, self.rope) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # How a block is run: activation checkpointing puts itself in here.
+        self.run_block: Callable[..., tuple[Tensor, RouterStatistics | None]] = _run_block
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        valid: Tensor | None = None,
+        cache: KVCache | None = None,
+        loss_chunk_size: int = 2048,
+        per_token: bool = False,
+        last_only: bool = False,
+    ) -> Tensor | LossOutput:
+        """Logits `[T, vocab]`, or, with targets, their loss.
+
+        Args:
+            tokens: int64 `[T]`, documents packed by cu_seqlens (int32 `[num_docs + 1]`; None: one document).
+            targets: int64 `[T]`, -100 where there is no loss.
+            valid: bool `[T]`, False for padding, which expert loads and router losses leave out.
+            cache: continue one sequence; its keys and values so far are attended, the new ones appended.
+            loss_chunk_size: tokens whose logits exist at once.
+            per_token: return a loss per token, without gradient, instead of the differentiable sum.
+            last_only: logits of the last token alone, `[1, vocab]`.
+
+        Raises:
+            ValueError: tokens of a wrong shape, dtype or (on the CPU) value, or a sequence past `max_position_embeddings`.
+        """
+        self._check(tokens, cu_seqlens, targets, cache)
+        start = 0 if cache is None else cache.length
+        if cache is not None:
+            cache.advance(len(tokens))
+        layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device, start)
+        x = self.embedding(tokens)
+        statistics = []
+        for index, block in enumerate(self.layers):
+            x, found = self.run_block(block, x, layout, valid, None if cache is None else cache.layers[index])
+            if found is not None:
+                statistics.append(found)
+        x = self.norm(x[-1:] if last_only else x)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if targets is None:
+            return F.linear(x, weight).float() if torch.is_autocast_enabled(x.device.type) else F.linear(x, weight)
+        loss = token_losses(x, weight, targets, loss_chunk_size) if per_token else summed_loss(x, weight, targets, loss_chunk_size)
+        auxiliary = torch.stack([s.auxiliary for s in statistics]).sum() if statistics else x.new_zeros((), dtype=torch.float32)
+        num_experts = self.config.moe.num_experts
+        load = torch.stack([s.load for s in statistics]) if statistics else torch.zeros(0, num_experts, dtype=torch.int64, device=x.device)
+        return LossOutput(loss, auxiliary, load)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one sequence."""
+        return KVCache(self.config.num_layers, self.config.max_position_embeddings)
+
+    def update_router_bias(self, load: Tensor) -> None:
+        """Balance the experts: load `[MoE layers, E]` of a whole optimizer step over all ranks."""
+        mixtures = [block.mlp for block in self.layers if isinstance(block.mlp, MixtureOfExperts)]
+        for mixture, row in zip(mixtures, load, strict=True):
+            mixture.router.update_bias(row)
+
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights and reset all buffers, each parameter from a generator of its own, so that the order does not matter."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial_value(name, parameter.shape, self.config, seed, parameter.device))
+            for buffer in self.buffers():
+                buffer.zero_()
+
+    def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, targets: Tensor | None, cache: KVCache | None) -> None:
+        if tokens.dim() != 1 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens is {tokens.dtype} {list(tokens.shape)}; give torch.int64 [T], packed documents without a batch axis")
+        if targets is not None and (targets.shape != tokens.shape or targets.dtype != torch.int64):
+            raise ValueError(f"targets is {targets.dtype} {list(targets.shape)}; give torch.int64 {list(tokens.shape)}")
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("cu_seqlens and cache exclude each other: a cache holds one sequence")
+        if tokens.device.type != "cpu":
+            return
+        if len(tokens) and not (0 <= int(tokens.min()) and int(tokens.max()) < self.config.vocab_size):
+            raise ValueError(f"tokens holds ids from {int(tokens.min())} to {int(tokens.max())}; the vocabulary is 0 … {self.config.vocab_size - 1}")
+        longest = len(tokens) if cu_seqlens is None else int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(f"a document of {longest} tokens passes max_position_embeddings={self.config.max_position_embeddings}; cut it")
+
+
+def _run_block(block: nn.Module, *args) -> tuple[Tensor, RouterStatistics | None]:
+    return block(*args)
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device) -> Tensor:
+    """The first value of a parameter, float32: ones for norms, zeros for biases, normal for the rest."""
+    if "norm" in name:
+        return torch.ones(shape, device=device)
+    if name.endswith("bias"):
+        return torch.zeros(shape, device=device)
+    residual = name.endswith(("o_proj.weight", "mlp.down.weight", "shared.down.weight", "mlp.w2"))
+    std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
+    generator = torch.Generator(device).manual_seed((seed << 32 | zlib.crc32(name.encode())) % 2**63)
+    return torch.randn(shape, generator=generator, device=device) * std
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters in all, and those active for one token: all but the routed experts it does not visit."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    total = sum(p.numel() for p in model.parameters())
+    idle = config.moe.num_experts - config.moe.top_k
+    routed = sum((m.w13[0].numel() + m.w2[0].numel()) for m in mixtures(model))
+    return total, total - idle * routed
+
+
+def mixtures(model: nn.Module) -> Iterator[MixtureOfExperts]:
+    return (m for m in model.modules() if isinstance(m, MixtureOfExperts))
