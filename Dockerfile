@@ -26,9 +26,9 @@ RUN grep -v '^-e' requirements.txt > /tmp/pins.txt \
 
 COPY . .
 RUN pip install --no-cache-dir --no-deps --editable . \
-    && useradd --create-home --shell /bin/bash nsa \
+    && useradd --create-home --shell /bin/bash --uid 10001 nsa \
     && mkdir -p runs \
     && chown nsa:nsa . runs
 
-USER nsa
+USER 10001
 CMD ["python", "training/trainer.py"]

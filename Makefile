@@ -37,12 +37,12 @@ $(VENV_READY):
 	exit 2
 
 $(TRAIN_READY): | $(VENV_READY)
-	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	@rm -f $(VENV)/ready-train-*
 	@touch $@
 
 $(DEV_READY): | $(VENV_READY)
-	@$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
 	@rm -f $(VENV)/ready-train-* $(VENV)/ready-dev-*
 	@touch $@ $(TRAIN_READY)
 
