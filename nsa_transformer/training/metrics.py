@@ -6,6 +6,7 @@ import json
 import math
 import netrc
 import os
+import secrets
 import sys
 import urllib.parse
 from collections.abc import Callable, Mapping
@@ -197,7 +198,7 @@ class _Wandb:
         (run_dir / "wandb").mkdir(exist_ok=True)
         id_file = run_dir / "wandb" / "run_id"
         resumed = id_file.exists()
-        run_id = id_file.read_text(encoding="utf-8").strip() if resumed else wandb.util.generate_id()
+        run_id = id_file.read_text(encoding="utf-8").strip() if resumed else secrets.token_hex(4)
         if not resumed:
             write_atomic(id_file, run_id + "\n")
 
