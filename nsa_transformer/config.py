@@ -130,7 +130,9 @@ class ModelConfig:
     head_dim: int = doc("Width of a query and key head. Even, for the rotation.", 64)
     head_dim_v: int | None = doc("Width of a value head. null: head_dim.", None)
     intermediate_size: int = doc("Hidden width of the dense MLP (SwiGLU) in layers without experts.", 2048)
-    attention: Literal["nsa", "dense", "window"] = doc("nsa, or its controls on torch's own attention: dense (full causal) and window (only nsa.window keys).", "nsa")
+    attention: Literal["nsa", "dense", "window"] = doc(
+        "nsa, or its controls on torch's own attention: dense (full causal) and window (only nsa.window keys).", "nsa"
+    )
     nsa: NSAConfig = doc("Geometry of the attention.", factory=NSAConfig)
     moe: MoEConfig = doc("Experts.", factory=MoEConfig)
     max_position_embeddings: int = doc("Longest position the model is built for, in tokens.", 32768)
@@ -287,7 +289,8 @@ class MemoryConfig:
     """What trades time for memory."""
 
     activation_checkpointing: Literal["none", "selective", "full"] = doc(
-        "none: keep all activations. selective: keep attention and expert outputs, recompute the cheap rest. full: keep each block's input, recompute the block.",
+        "none: keep all activations. selective: keep attention and expert outputs, recompute the cheap rest. "
+        "full: keep each block's input, recompute the block.",
         "none",
     )
     kv_cache: KVCacheConfig = doc("Key/value cache.", factory=KVCacheConfig)
@@ -300,13 +303,17 @@ class DataConfig:
     """What the model reads."""
 
     path: str | None = doc(
-        "Text, JSONL or parquet: a file, a folder (searched recursively) or a glob. null: the source of Python's own standard library, which every machine has.", None
+        "Text, JSONL or parquet: a file, a folder (searched recursively) or a glob. "
+        "null: the source of Python's own standard library, which every machine has.",
+        None,
     )
     val_path: str | None = doc("Separate validation data. null: val_fraction of the documents of path, chosen by a hash of their names.", None)
     val_fraction: float = doc("Share of the documents held out for validation.", 0.05)
     text_column: str = doc("Column or key that holds the text in JSONL and parquet.", "text")
     max_length: int = doc("Tokens per pack.", 4096)
-    tokenizer: str | None = doc("A tokenizer.json, or a folder or run that has one. null: a byte-level BPE of model.vocab_size tokens is trained on path and cached.", None)
+    tokenizer: str | None = doc(
+        "A tokenizer.json, or a folder or run that has one. null: a byte-level BPE of model.vocab_size tokens is trained on path and cached.", None
+    )
     pack_buffer: int = doc("Documents among which best-fit packing chooses.", 256)
     cache_dir: str | None = doc("Where tokenizers and tokenised corpora are cached. null: $XDG_CACHE_HOME/nsa-transformer or ~/.cache/nsa-transformer.", None)
 
@@ -413,7 +420,7 @@ def build_config(values: Mapping[str, Any], cls: type[T] = Config, path: str = "
         if key not in hints:
             raise ConfigError(unknown_key_message(full))
         kind = hints[key]
-        built[key] = build_config(value, kind, full) if dataclasses.is_dataclass(kind) else _coerce(full, value, kind)
+        built[key] = build_config(value, kind, full) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else _coerce(full, value, kind)
     try:
         return cls(**built)
     except ConfigError as error:
@@ -454,7 +461,7 @@ def all_keys(cls: type = Config, path: str = "") -> list[str]:
     keys: list[str] = []
     for name, kind in typing.get_type_hints(cls).items():
         full = f"{path}.{name}" if path else name
-        keys += all_keys(kind, full) if dataclasses.is_dataclass(kind) else [full]
+        keys += all_keys(kind, full) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else [full]
     return keys
 
 

@@ -32,4 +32,5 @@ class Pack:
         return index - self.cu_seqlens.long()[document]
 
     def to(self, device: torch.device | str) -> Pack:
-        return Pack(*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.cu_seqlens)), self.num_tokens)
+        tokens, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.cu_seqlens))
+        return Pack(tokens, targets, cu_seqlens, self.num_tokens)

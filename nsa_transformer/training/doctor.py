@@ -1,0 +1,110 @@
+"""`nsa doctor`: what this machine has, what works on it, and how to get what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+from nsa_transformer.utils.hardware import describe_machine, installed_version
+
+__all__ = ["doctor_report"]
+
+GIB = 1024**3
+
+# Distribution, what it is for, how to get it.
+_OPTIONAL = (
+    ("hydra-core", "python training/trainer.py", "pip install -r requirements.txt"),
+    ("tokenizers", "tokenizer training and text", "pip install -r requirements.txt"),
+    ("safetensors", "checkpoints", "pip install -r requirements.txt"),
+    ("pyarrow", "parquet data", "pip install pyarrow"),
+    ("rich", "the live panel", "pip install rich"),
+    ("matplotlib", "plots/*.png", "pip install matplotlib"),
+    ("tensorboard", "logging.tensorboard", "pip install tensorboard"),
+    ("wandb", "logging.wandb.project", "pip install wandb"),
+)
+
+
+def doctor_report() -> str:
+    """A plain table of the machine, the attention backends and the optional packages, one fact a line, ready to print."""
+    machine = describe_machine()
+    sections = [
+        ("Machine", _machine_lines(machine)),
+        ("Attention backends", _backend_lines(machine)),
+        ("Distributed", _distributed_lines(machine)),
+        ("Packages", _package_lines()),
+    ]
+    width = max(len(name) for _, lines in sections for _, name, _ in lines)
+    text = []
+    for title, lines in sections:
+        text += [title, *(f"  {mark:7}  {name:{width}}  {value}".rstrip() for mark, name, value in lines), ""]
+    return "\n".join(text).rstrip() + "\n"
+
+
+Lines = list[tuple[str, str, str]]  # mark ("ok", "missing" or nothing), name, value
+
+
+def _machine_lines(machine: dict[str, Any]) -> Lines:
+    memory = machine["memory_bytes"]
+    lines = [
+        ("", "system", machine["system"]),
+        ("", "python", machine["python"]),
+        ("", "cpu", f"{machine['cpu']}, {machine['cores']} cores for this process"),
+        ("", "memory", "unknown" if memory is None else f"{memory / GIB:.1f} GiB"),
+        ("", "torch", f"{machine['torch']}, built for {'CUDA ' + machine['cuda'] if machine['cuda'] else 'the CPU'}"),
+    ]
+    for index, gpu in enumerate(machine["gpus"]):
+        peak = gpu["peak_bf16_flops"]
+        speed = "bf16 peak unknown, so MFU is not shown" if peak is None else f"bf16 peak {peak / 1e12:.0f} TFLOP/s"
+        lines.append(("ok", f"gpu {index}", f"{gpu['name']}, {gpu['memory_bytes'] / GIB:.1f} GiB, compute capability {gpu['capability']}, {speed}"))
+    if not machine["gpus"]:
+        if machine["cuda"]:
+            lines.append(("missing", "gpu", "torch sees none: `nvidia-smi` shows whether there is a driver; CUDA_VISIBLE_DEVICES must not be empty"))
+        elif os.path.exists("/proc/driver/nvidia/version"):
+            lines.append(("missing", "gpu", "an NVIDIA driver is here, but this torch is the CPU build: install a CUDA build (https://pytorch.org/get-started)"))
+        else:
+            lines.append(("missing", "gpu", "none; training runs on the CPU, where model=tiny takes minutes"))
+    elif not machine["bf16"]:
+        lines.append(("missing", "bf16", f"{machine['gpus'][0]['name']} has no bf16 tensor cores; write training.precision=fp32"))
+    if machine["bf16"]:
+        lines.append(("ok", "bf16", "training.precision=bf16" + ("" if machine["gpus"] else ", emulated where the CPU lacks it")))
+    return lines
+
+
+def _backend_lines(machine: dict[str, Any]) -> Lines:
+    from nsa_transformer.kernels import available_backends
+
+    there = available_backends()
+    lines = [("ok", "reference", "plain PyTorch, any device")] if "reference" in there else []
+    if "triton" in there:
+        lines.append(("ok", "triton", f"triton {machine['triton']}"))
+    elif platform.system() != "Linux":
+        lines.append(("missing", "triton", "Triton exists for Linux alone"))
+    elif machine["triton"] is None:
+        lines.append(("missing", "triton", "pip install triton"))
+    elif not machine["gpus"]:
+        lines.append(("missing", "triton", f"triton {machine['triton']} is installed, but needs a GPU (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"))
+    else:
+        lines.append(("missing", "triton", f"triton {machine['triton']} and a GPU are here, but this version has no Triton kernels"))
+    if "cuda" in there:
+        lines.append(("ok", "cuda", "the CUDA C++ extension"))
+    elif machine["gpus"]:
+        lines.append(("missing", "cuda", "cd nsa_transformer/kernels/sparse_attention && python setup.py build_ext --inplace"))
+    else:
+        lines.append(("missing", "cuda", "the CUDA C++ extension needs an NVIDIA GPU"))
+    return lines
+
+
+def _distributed_lines(machine: dict[str, Any]) -> Lines:
+    return [
+        ("ok", "gloo", "torchrun on CPUs") if machine["gloo"] else ("missing", "gloo", "this torch was built without it"),
+        ("ok", "nccl", "torchrun on GPUs") if machine["nccl"] else ("missing", "nccl", "this torch was built without it; a CUDA build has it"),
+    ]
+
+
+def _package_lines() -> Lines:
+    lines: Lines = []
+    for package, purpose, remedy in _OPTIONAL:
+        version = installed_version(package)
+        lines.append(("ok", package, f"{version}, for {purpose}") if version else ("missing", package, f"for {purpose}: {remedy}"))
+    return lines

@@ -1,0 +1,62 @@
+"""What an installed wheel holds, and that the requirements agree with the metadata."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def pins(name: str) -> dict[str, str]:
+    """`package -> version` of a requirements file; every line but options and comments is an exact pin."""
+    lines = [line.strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    found = {}
+    for line in lines:
+        if line and not line.startswith(("#", "-")):
+            package, version = line.split("==")
+            found[package] = version
+    return found
+
+
+def test_the_pins_lie_in_the_ranges() -> None:
+    exact = pins("requirements.txt") | pins("requirements-dev.txt")
+    ranges = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"], *PROJECT["optional-dependencies"]["dev"]]
+    for requirement in map(Requirement, ranges):
+        assert requirement.specifier.contains(exact[requirement.name]), f"{requirement} against {exact[requirement.name]}"
+
+
+def test_requirements_end_in_the_package_itself() -> None:
+    assert (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()[-1] == "-e ."
+
+
+def test_the_wheel_carries_the_package_and_the_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs the setuptools of requirements-dev.txt")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("configs", "nsa_transformer"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "build", "*.so"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path), "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entries,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
+    expected = {f"nsa_transformer/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert len(expected) == 9
+    assert {name for name in names if name.endswith(".yaml")} == expected
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "nsa_transformer").rglob("*.py") if (path.parent / "__init__.py").exists()}
+    assert modules <= names
+    assert "nsa = nsa_transformer.cli:main" in entries
+    assert not {name for name in names if name.split("/")[0] in ("tests", "docs", "training", "benchmarks", "configs")}
