@@ -1,1 +1,1 @@
-
+"""Ranks, the parallel plan, and checkpoints."""

@@ -1,1 +1,1 @@
-
+"""What trades time for memory."""

@@ -46,6 +46,9 @@ class LossOutput:
     load: Tensor
 
 
+BlockOutput = tuple[Tensor, RouterStatistics | None]
+
+
 class Block(nn.Module):
     """norm → attention → norm → experts or MLP, each added to the residual stream."""
 
@@ -62,10 +65,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         has_experts = config.layer_has_experts(index)
         self.mlp = MixtureOfExperts(config.hidden_size, config.moe) if has_experts else MLP(config.hidden_size, config.intermediate_size)
+        # How the block is run: activation checkpointing puts itself in here.
+        self.run: Callable[..., BlockOutput] = _run
 
-    def forward(
-        self, x: Tensor, layout: PackLayout, valid: Tensor | None = None, cache: LayerCache | None = None
-    ) -> tuple[Tensor, RouterStatistics | None]:
+    def forward(self, x: Tensor, layout: PackLayout, valid: Tensor | None = None, cache: LayerCache | None = None) -> BlockOutput:
+        return self.run(self._forward, x, layout, valid, cache)
+
+    def _forward(self, x: Tensor, layout: PackLayout, valid: Tensor | None, cache: LayerCache | None) -> BlockOutput:
         x = x + self.attention(self.attention_norm(x), layout=layout, cache=cache)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MixtureOfExperts):
@@ -85,8 +91,6 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, index, self.rope) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # How a block is run: activation checkpointing puts itself in here.
-        self.run_block: Callable[..., tuple[Tensor, RouterStatistics | None]] = _run_block
 
     def forward(
         self,
@@ -122,7 +126,7 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         statistics = []
         for index, block in enumerate(self.layers):
-            x, found = self.run_block(block, x, layout, valid, None if cache is None else cache.layers[index])
+            x, found = block(x, layout, valid, None if cache is None else cache.layers[index])
             if found is not None:
                 statistics.append(found)
         x = self.norm(x[-1:] if last_only else x)
@@ -169,8 +173,8 @@ class Transformer(nn.Module):
             raise ValueError(f"a document of {longest} tokens passes max_position_embeddings={self.config.max_position_embeddings}; cut it")
 
 
-def _run_block(block: nn.Module, *args) -> tuple[Tensor, RouterStatistics | None]:
-    return block(*args)
+def _run(forward: Callable[..., BlockOutput], *args) -> BlockOutput:
+    return forward(*args)
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device) -> Tensor:

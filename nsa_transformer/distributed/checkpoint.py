@@ -1,0 +1,216 @@
+"""Checkpoints that exist whole or not at all.
+
+    checkpoints/step_00000100/
+        model.safetensors        weights (float32) and router biases by name
+        optimizer.safetensors    AdamW's moments and step counts by parameter, RNG states
+        state.json               step, tokens, position in the data, …
+        config.yaml tokenizer.json
+        manifest.json            size and SHA-256 of every other file, written last
+
+Written into a hidden sibling, flushed, then renamed. Tensors are saved whole, so the number of ranks may change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nsa_transformer.config import ConfigError
+from nsa_transformer.distributed.parallelize import assign, whole
+from nsa_transformer.distributed.world import World
+from nsa_transformer.models.transformer import Transformer
+from nsa_transformer.utils.files import atomic_folder
+
+MANIFEST, MODEL, OPTIMIZER, STATE, CONFIG = "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, damaged ones included."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"step_\d{8,}", p.name))
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def find_damage(path: Path, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in a sentence, or None. Without `hashes` only the sizes are compared."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, entry in files.items():
+            size = (path / name).stat().st_size
+            if size != entry["size"]:
+                return f"{path / name} has {size} bytes instead of {entry['size']}"
+            if hashes and _sha256(path / name) != entry["sha256"]:
+                return f"{path / name} does not match its checksum"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path / MANIFEST} cannot be read ({error})"
+    return None
+
+
+def newest_valid(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; damaged ones are passed over with a warning."""
+    for path in reversed(list_checkpoints(run_dir)):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        warn(f"passing over a damaged checkpoint: {damage}")
+    return None
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    texts: dict[str, str],
+    world: World,
+    keep: int,
+) -> Path:
+    """Save a step and then drop the oldest complete checkpoints beyond `keep`. `texts` are further files by name. Every rank must call."""
+    weights, moments = _gather(model, optimizer, world)
+    path = checkpoint_path(run_dir, step)
+    if world.is_main:
+        with atomic_folder(path, replace=True) as folder:
+            save_file(weights, folder / MODEL)
+            save_file(moments, folder / OPTIMIZER)
+            for name, text in {**texts, STATE: json.dumps(state, indent=1)}.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+            (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        _prune(run_dir, keep)
+    world.barrier()
+    return path
+
+
+def _prune(run_dir: Path, keep: int) -> None:
+    """Delete complete checkpoints older than the newest `keep`. One that is being deleted is no checkpoint any more: it is renamed first."""
+    complete = [p for p in list_checkpoints(run_dir) if find_damage(p, hashes=False) is None]
+    for path in complete[:-keep]:
+        doomed = path.with_name(f".{path.name}.tmp-deleting")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _gather(model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Whole tensors on rank 0's CPU, one at a time; nothing on the others."""
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+
+    def keep(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+        full = whole(tensor.detach())
+        if world.is_main:
+            into[name] = full.to("cpu", copy=True).contiguous()
+
+    for name, parameter in model.named_parameters():
+        keep(weights, name, parameter)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            keep(moments, f"{key}/{name}", value)
+    for name, buffer in model.named_buffers():
+        keep(weights, name, buffer)
+    if world.is_main:
+        moments["rng/cpu"] = torch.get_rng_state()
+        if world.device.type == "cuda":
+            moments["rng/cuda"] = torch.cuda.get_rng_state()
+    return weights, moments
+
+
+def load_weights(path: Path, model: Transformer) -> None:
+    """Copy `model.safetensors` of a folder into a model, sharded or not.
+
+    Raises `ConfigError` where it is missing, damaged or of another shape, before anything is copied.
+    """
+    file = path / MODEL
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    try:
+        with safe_open(file, "pt") as saved:
+            _match(file, {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}, targets)  # noqa: SIM118
+            for name, target in targets.items():
+                assign(target, saved.get_tensor(name))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist; name a run, a checkpoint or an export") from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); name another checkpoint") from None
+
+
+def _match(file: Path, shapes: dict[str, list[int]], targets: dict[str, Tensor]) -> None:
+    for name, target in targets.items():
+        if name not in shapes:
+            raise ConfigError(f"{file} has no {name}: it is of another architecture; take its own model settings, from the config.yaml beside it")
+        if shapes[name] != list(target.shape):
+            raise ConfigError(
+                f"{file} has {name} of shape {shapes[name]} where this model has {list(target.shape)}; take its own model settings, from the config.yaml beside it"
+            )
+    extra = sorted(set(shapes) - set(targets))
+    if extra:
+        raise ConfigError(f"{file} has {extra[0]}, which this model has not; take its own model settings, from the config.yaml beside it")
+
+
+def load_checkpoint_into(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """Restore weights, router biases, moments and RNG states; returns state.json. Raises `ConfigError` on any damage or other shape."""
+    load_weights(path, model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        with safe_open(path / OPTIMIZER, "pt") as saved:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = names[parameter]
+                    step = saved.get_tensor(f"step/{name}")
+                    state = {"step": step.to(world.device) if group["fused"] and world.device.type == "cuda" else step}
+                    for moment in MOMENTS:
+                        state[moment] = torch.zeros_like(parameter)
+                        assign(state[moment], saved.get_tensor(f"{moment}/{name}"))
+                    optimizer.state[parameter] = state
+            torch.set_rng_state(saved.get_tensor("rng/cpu"))
+            if world.device.type == "cuda" and "rng/cuda" in saved.keys():  # noqa: SIM118
+                torch.cuda.set_rng_state(saved.get_tensor("rng/cuda"))
+        return json.loads((path / STATE).read_text())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); name another checkpoint, or training.resume=auto for the newest whole one") from None
+
+
+def resolve_weights(path: str, key: str) -> Path:
+    """The folder with weights that a user means by a run, one checkpoint of it, or an export. Raises `ConfigError` naming `key`."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise ConfigError(f"{key}={path} does not exist; name a run, one checkpoint of it, or an export")
+    if not folder.is_dir():
+        raise ConfigError(f"{key}={path} is a file; name the folder of a run, a checkpoint or an export")
+    if (folder / MODEL).exists() or (folder / MANIFEST).exists():
+        if (folder / MANIFEST).exists() and (damage := find_damage(folder)):
+            raise ConfigError(f"{key}={path} is damaged: {damage}; name another checkpoint")
+        return folder
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise ConfigError(f"{key}={path} holds no checkpoint; name a run, one checkpoint of it, or an export")
+    problems: list[str] = []
+    newest = newest_valid(folder, problems.append)
+    if newest is None:
+        raise ConfigError(f"{key}={path} holds damaged checkpoints alone; {problems[0]}")
+    return newest
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,55 @@
+"""The parallel plan, put on from outside: the model stays plain, and a world of one runs the same code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nsa_transformer.config import Config, ModelConfig
+from nsa_transformer.distributed.world import World
+from nsa_transformer.memory.activation_checkpointing import apply_activation_checkpointing
+from nsa_transformer.models.transformer import Transformer, initial_value
+
+
+def build_model(config: Config, world: World) -> Transformer:
+    """Build on meta, parallelise, then give each rank the memory of its own share, not yet initialised."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parallelize(model, config, world)
+    model.to_empty(device=world.device)
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.zero_()
+    return model
+
+
+def parallelize(model: Transformer, config: Config, world: World) -> None:
+    """Activation checkpointing → per-block compile → FSDP2."""
+    apply_activation_checkpointing(model, config.memory.activation_checkpointing)
+    if config.training.compile:
+        for block in model.layers:
+            block.compile()
+    if world.mesh is not None:
+        for block in model.layers:
+            fully_shard(block, mesh=world.mesh)
+        fully_shard(model, mesh=world.mesh)
+
+
+def assign(target: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into a parameter or state, of which a sharded one takes its own part."""
+    full = full.to(target.device, target.dtype)
+    with torch.no_grad():
+        target.copy_(distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None) if isinstance(target, DTensor) else full)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The unsharded tensor; every rank must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def draw_weights(model: Transformer, config: ModelConfig, seed: int, device: torch.device) -> None:
+    """The initial weights of `Transformer.init_weights(seed)`, whatever the number of ranks, one parameter at a time."""
+    for name, parameter in model.named_parameters():
+        assign(parameter, initial_value(name, parameter.shape, config, seed, device))
