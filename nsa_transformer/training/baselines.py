@@ -149,9 +149,7 @@ def _pair_codes(pairs: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int)
         yield tokens * vocab_size + targets
 
 
-def bigram_baseline(
-    train_pairs: Iterable[tuple[np.ndarray, np.ndarray]], val_pairs: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int
-) -> float:
+def bigram_baseline(train_pairs: Iterable[tuple[np.ndarray, np.ndarray]], val_pairs: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> float:
     """Mean nats per target token that a bigram model counted on `train_pairs` reaches on `val_pairs`.
 
     Each pair is (tokens, targets), integer arrays of one shape; targets of -100 are left out, as in a pack. Comparable with

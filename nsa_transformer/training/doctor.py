@@ -61,7 +61,9 @@ def _machine_lines(machine: dict[str, Any]) -> Lines:
         if machine["cuda"]:
             lines.append(("missing", "gpu", "torch sees none: `nvidia-smi` shows whether there is a driver; CUDA_VISIBLE_DEVICES must not be empty"))
         elif os.path.exists("/proc/driver/nvidia/version"):
-            lines.append(("missing", "gpu", "an NVIDIA driver is here, but this torch is the CPU build: install a CUDA build (https://pytorch.org/get-started)"))
+            lines.append(
+                ("missing", "gpu", "an NVIDIA driver is here, but this torch is the CPU build: install a CUDA build (https://pytorch.org/get-started)")
+            )
         else:
             lines.append(("missing", "gpu", "none; training runs on the CPU, where model=tiny takes minutes"))
     elif not machine["bf16"]:
@@ -83,7 +85,7 @@ def _backend_lines(machine: dict[str, Any]) -> Lines:
     elif machine["triton"] is None:
         lines.append(("missing", "triton", "pip install triton"))
     elif not machine["gpus"]:
-        lines.append(("missing", "triton", f"triton {machine['triton']} is installed, but needs a GPU (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"))
+        lines.append(("missing", "triton", f"triton {machine['triton']} needs a GPU (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"))
     else:
         lines.append(("missing", "triton", f"triton {machine['triton']} and a GPU are here, but this version has no Triton kernels"))
     if "cuda" in there:

@@ -89,10 +89,10 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     for key, value in row.items():
         if key == "gate_means" and value is not None:
             for layer, means in enumerate(value):
-                found |= {f"gates/layer_{layer:02d}_{branch}": mean for branch, mean in zip(BRANCHES, means, strict=True)}
+                found |= {f"gates/layer_{layer:02d}_{branch}": mean for branch, mean in zip(BRANCHES, means, strict=True) if mean is not None}
         elif key == "expert_load" and value is not None:
             for layer, load in enumerate(value):
-                if sum(load) > 0:
+                if None not in load and sum(load) > 0:
                     found[f"experts/moe_layer_{layer:02d}_max_over_mean"] = max(load) * len(load) / sum(load)
         elif key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
             found[f"{group}/{key.removeprefix('val_')}"] = value

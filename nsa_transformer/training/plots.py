@@ -81,17 +81,16 @@ def _loss(rows: Rows) -> Any:
     figure = _figure(7.5)
     grid = figure.add_gridspec(2, 2, height_ratios=[2.2, 1])
     axes = figure.add_subplot(grid[0, :])
-    _tidy(axes, "Loss", "", "nats per token")
+    _tidy(axes, "Loss", "step", "nats per token")
     if len(train[0]):
-        window = max(len(train[0]) // 25, 1)
+        window = len(train[0]) // 25 // 2 * 2 + 1  # odd: a value and as many on either side
         axes.plot(*train, color=BLUE, linewidth=0.8, alpha=0.35 if window > 1 else 1.0, label="training")
         if window > 1:
             axes.plot(train[0], _smooth(train[1], window), color=BLUE, linewidth=2, label=f"training, mean of {window} rows")
     if len(val[0]):
         axes.plot(*val, color=VERMILLION, linewidth=1, marker="o", markersize=5, label="validation")
-        axes.annotate(
-            f"{val[1][-1]:.3f}", (val[0][-1], val[1][-1]), xytext=(0, 9), textcoords="offset points", ha="center", color=VERMILLION, fontweight="bold"
-        )
+        last = axes.annotate(f"{val[1][-1]:.3f}", (val[0][-1], val[1][-1]), xytext=(0, 11), textcoords="offset points", ha="center")
+        last.set(color=VERMILLION, fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})
     values = np.concatenate([train[1], val[1]])
     _limits(axes, values)
     axes.legend(frameon=False, loc="upper right")
@@ -99,12 +98,14 @@ def _loss(rows: Rows) -> Any:
     bits = figure.add_subplot(grid[1, 0], sharex=axes)
     _tidy(bits, "Validation", "step", "bits per byte")
     bpb = _series(rows, "val_bpb")
+    if not len(bpb[0]):
+        bits.text(0.5, 0.5, "no validation", transform=bits.transAxes, ha="center", color=GREY)
     bits.plot(*bpb, color=VERMILLION, linewidth=1, marker="o", markersize=4)
     rate = figure.add_subplot(grid[1, 1], sharex=axes)
     _tidy(rate, "Learning rate", "step", "")
     rate.plot(*_series(rows, "lr"), color=GREY, linewidth=1.5)
     rate.set_ylim(bottom=0)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
     return figure
 
 
@@ -136,6 +137,7 @@ def _gates(rows: Rows) -> Any:
     for index, (name, colour) in enumerate(BRANCHES):
         bars.bar(layers + (index - 1) * 0.27, last[:, index], width=0.25, color=colour, label=name)
     bars.set_ylim(0, max(1.0, float(np.nanmax(last))))
+    bars.set_xlim(-0.6, len(layers) - 0.4)
     bars.set_xticks(layers if len(layers) <= 32 else layers[:: len(layers) // 16])
     bars.grid(False, axis="x")
     bars.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
@@ -146,10 +148,9 @@ def _gates(rows: Rows) -> Any:
         for index, (name, colour) in enumerate(BRANCHES):
             axes = figure.add_subplot(grid[1, index], sharey=first)
             first = first or axes
-            _tidy(axes, name, "step", "mean gate" if index == 0 else "")
+            _tidy(axes, name, "step", "mean gate; thin: one layer" if index == 0 else "")
             axes.plot(steps, history[:, :, index], color=colour, linewidth=0.8, alpha=0.45)
             axes.plot(steps, history[:, :, index].mean(1), color=colour, linewidth=2.5)
-            axes.text(0.98, 0.03, "thin: layers, thick: their mean", transform=axes.transAxes, ha="right", fontsize=8, color=GREY)
             axes.set_ylim(0, 1)
     return figure
 
@@ -178,9 +179,8 @@ def _expert_load(rows: Rows) -> Any:
     figure.colorbar(image, ax=heat, label="tokens / mean over experts", extend="max", pad=0.01)
     if len(worst[0]):
         axes = axes_list[1]
-        _tidy(axes, "Busiest expert over the mean", "step", "max / mean")
+        _tidy(axes, "Busiest expert over the mean (1 = balanced)", "step", "max / mean")
         axes.plot(*worst, color=BLUE, linewidth=1.5)
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
-        axes.annotate("perfect balance", (1.0, 1.0), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points", ha="right", color=GREY)
         axes.set_ylim(0.9, max(1.5, 1.05 * float(worst[1].max())))
     return figure

@@ -32,6 +32,7 @@ class Profiler:
         self.traced: int | None = None  # steps in the trace that was written
         self._profile: torch.profiler.profile | None = None
         self._records_memory = False
+        self._failed = False  # an error ended the loop: then even a part of a step is worth a look
 
     def __enter__(self) -> Profiler:
         if not self.config.enabled:
@@ -66,6 +67,7 @@ class Profiler:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._profile is None:
             return
+        self._failed = error is not None
         try:
             self._stop()
         except Exception as failure:
@@ -88,6 +90,8 @@ class Profiler:
 
     def _write(self, profile: torch.profiler.profile) -> None:
         traced = min(self.steps - self.config.start_step, self.config.num_steps)
+        if traced == 0 and not self._failed:
+            return  # the loop ended exactly where the trace would begin
         rank = _rank()
         if self._records_memory:
             # Before the trace: after an out-of-memory error this is the file that matters.
@@ -100,7 +104,7 @@ class Profiler:
         self._place(path, profile.export_chrome_trace)
         self.traced = traced
         first = self.config.start_step + 1
-        steps = f"step {first}" if traced <= 1 else f"steps {first} to {first + traced - 1}"
+        steps = f"steps {first} to {first + traced - 1}" if traced > 1 else f"step {first}" + (" (unfinished)" if traced == 0 else "")
         memory = "; allocations are its [memory] events" if self.config.trace_memory else ""
         self.log(f"trace of {steps} of this process: {path}; open it at https://ui.perfetto.dev or chrome://tracing{memory}")
         if self.config.trace_memory and self.device.type != "cuda":
