@@ -98,7 +98,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
 
     Call it where no other process is writing there: a run that owns its folder, at its start.
     """
-    found = [entry for entry in Path(folder).glob(f".*{MARK}*-*")]
+    found = list(Path(folder).glob(f".*{MARK}*-*"))
     for entry in found:
         _remove(entry)
     return found

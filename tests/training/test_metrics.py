@@ -118,7 +118,7 @@ class FakeWandb(types.ModuleType):
     def setup(self) -> Any:
         return types.SimpleNamespace(settings=types.SimpleNamespace(api_key=self.api_key, base_url="https://wandb.invalid"))
 
-    def Settings(self, **values: Any) -> dict[str, Any]:  # noqa: N802 - the client's own name
+    def Settings(self, **values: Any) -> dict[str, Any]:
         return values
 
     def _may_fail(self, where: str) -> None:
