@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nsa_transformer.config import ConfigError
+from nsa_transformer.config import Config, ConfigError, build_config, to_dict
 from nsa_transformer.distributed.parallelize import assign, whole
 from nsa_transformer.distributed.world import World
 from nsa_transformer.models.transformer import Transformer
@@ -209,6 +210,26 @@ def resolve_weights(path: str, key: str) -> Path:
     if newest is None:
         raise ConfigError(f"{key}={path} holds damaged checkpoints alone; {problems[0]}")
     return newest
+
+
+def read_config(folder: Path) -> Config:
+    """The `config.yaml` of a run or checkpoint. Raises `ConfigError` where it is missing or damaged."""
+    file = folder / CONFIG
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist; name a run, a checkpoint or an export") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read ({str(error).splitlines()[0]}); restore it from the checkpoints of the run") from None
+    try:
+        return build_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def write_config(config: Config) -> str:
+    """The text of a `config.yaml`."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def _sha256(path: Path) -> str:

@@ -27,10 +27,18 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+        """Sum over ranks, in place; CPU tensors go through gloo and do not wait for the GPU."""
         if self.mesh is not None:
             dist.all_reduce(values)
         return values
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        if self.mesh is None:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
 
     def barrier(self) -> None:
         if self.mesh is not None:

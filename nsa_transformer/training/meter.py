@@ -1,0 +1,68 @@
+"""Speed of a run between two rows of metrics."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+
+from nsa_transformer.config import Config
+from nsa_transformer.data.pack import Pack
+from nsa_transformer.distributed.world import World
+from nsa_transformer.models.flops import TrainingFlops
+from nsa_transformer.utils.hardware import peak_flops
+
+
+class Meter:
+    """Speed between two rows of metrics, without validation and checkpoints."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self._flops = TrainingFlops(config.model)
+        self._peak = peak_flops(world.device, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+        self._world, self._device = world, world.device
+        self._clock = time.perf_counter
+        self._reset()
+        self.restart()
+
+    def _reset(self) -> None:
+        self._tokens, self._operations, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def restart(self) -> None:
+        """A step begins now."""
+        self._began = self._clock()
+
+    def data_ready(self) -> None:
+        self._waited += self._clock() - self._began
+
+    def count(self, pack: Pack) -> None:
+        self._tokens += pack.num_tokens
+        self._operations += self._flops.of_documents(pack.cu_seqlens.diff().tolist())
+
+    def step_done(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.last_step_seconds = self._clock() - self._began
+        self._seconds += self.last_step_seconds
+
+    def read(self) -> dict[str, Any]:
+        """tokens/s of all ranks, MFU, peak memory and data-wait share since the last reading."""
+        totals = self._world.sum(torch.tensor([self._tokens, self._operations], dtype=torch.float64)).tolist()
+        mfu = None if self._peak is None else totals[1] / self._seconds / (self._peak * self._world.size)
+        row = {"tokens_per_second": totals[0] / self._seconds, "mfu": mfu, "max_memory_gib": peak_memory_gib(self._device)}
+        row["data_wait_fraction"] = self._waited / self._seconds
+        self._reset()
+        return row
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory since the last reading on a GPU; of the process so far on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # absent on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

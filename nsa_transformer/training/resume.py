@@ -1,0 +1,109 @@
+"""Where a run continues from, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nsa_transformer.config import Config, ConfigError, build_config, to_dict
+from nsa_transformer.distributed.checkpoint import CONFIG, find_damage, list_checkpoints, newest_valid, read_config, step_of
+
+GROUPS = ("model", "training", "memory", "data", "logging")
+# What a continued run cannot change, since its weights, moments or place in the data depend on it.
+FIXED = ("data.max_length", "data.pack_buffer", "data.path", "data.val_path", "data.val_fraction", "data.text_column", "training.seed")
+
+
+def continued_config(config: Config, overrides: Sequence[str]) -> Config:
+    """The settings of a run that `training.resume` continues: its saved ones, with today's overrides on top.
+
+    `overrides` are the command's own (`key=value` or `group=choice`); what they do not name keeps the saved value. A fresh
+    start returns `config`. Raises `ConfigError` where an override contradicts what cannot change.
+    """
+    source = _run_to_continue(config)
+    if source is None:
+        return config
+    saved = read_config(source)
+    today, merged = to_dict(config), to_dict(saved)
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
+        *parents, last = key.split(".")
+        if parents or key not in GROUPS:
+            into, take = merged, today
+            for parent in parents:
+                into, take = into[parent], take[parent]
+            into[last] = take[last]
+        else:
+            merged[key] = today[key]
+    merged["training"]["resume"] = config.training.resume
+    merged["run_dir"] = config.run_dir if config.run_dir is not None else _run_of(source)
+    result = build_config(merged)
+    _refuse_changes(to_dict(saved), to_dict(result))
+    return result
+
+
+def find_start(config: Config, run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to load, verified, or None for a fresh start.
+
+    Raises `ConfigError` where a named checkpoint is missing or damaged, or where a fresh start would overwrite a run.
+    """
+    resume = config.training.resume
+    existing = list_checkpoints(run_dir)
+    if resume is None:
+        if existing:
+            raise ConfigError(f"run_dir={run_dir} already holds {existing[-1].name}; write training.resume=auto to continue it, or another run_dir")
+        return None
+    if resume == "auto":
+        return newest_valid(run_dir, warn)
+    path = Path(resume)
+    if not path.is_dir():
+        raise ConfigError(f"training.resume={resume} does not exist; write auto, or the folder of a checkpoint")
+    damage = find_damage(path)
+    if damage is not None:
+        raise ConfigError(f"training.resume={resume} is damaged: {damage}; write training.resume=auto for the newest whole checkpoint of run_dir")
+    later = [p for p in existing if step_of(p) > step_of(path)]
+    if later or (existing and path.resolve() not in [p.resolve() for p in existing]):
+        raise ConfigError(f"run_dir={run_dir} already holds {existing[-1].name}, which {resume} does not lead to; write another run_dir to branch off")
+    return path
+
+
+def _run_to_continue(config: Config) -> Path | None:
+    """The folder whose settings a resumed run takes up."""
+    resume = config.training.resume
+    if resume is None or (resume == "auto" and config.run_dir is None):
+        return None
+    if resume == "auto":
+        run_dir = Path(config.run_dir or "")
+        return run_dir if list_checkpoints(run_dir) and (run_dir / CONFIG).exists() else None
+    path = Path(resume)
+    return path if (path / CONFIG).exists() else None
+
+
+def _run_of(source: Path) -> str:
+    """The run that a checkpoint lies in, `runs/x` of `runs/x/checkpoints/step_…`."""
+    return str(source.parent.parent) if source.parent.name == "checkpoints" else str(source)
+
+
+def _refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in FIXED:
+        group, name = key.split(".")
+        _refuse(key, saved[group][name], now[group][name])
+    _refuse_tree("model", saved["model"], now["model"])
+
+
+def _refuse_tree(path: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in saved.items():
+        key = f"{path}.{name}"
+        if isinstance(value, dict):
+            _refuse_tree(key, value, now[name])
+        elif key not in MAY_CHANGE:
+            _refuse(key, value, now[name])
+
+
+# Settings of the model that shape neither weights nor what they mean.
+MAY_CHANGE = ("model.moe.bias_update_rate", "model.moe.sequence_loss_weight", "model.moe.z_loss_weight")
+
+
+def _refuse(key: str, saved: Any, now: Any) -> None:
+    if saved != now:
+        raise ConfigError(f"{key}={now} differs from the resumed run's {key}={saved}; drop the override, or start a new run (training.init_from takes its weights)")

@@ -1,0 +1,294 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_transformer.config import Config, ConfigError, to_dict, unsupported_options
+from nsa_transformer.data.loader import TextData, merge_packs, open_data
+from nsa_transformer.data.pack import IGNORE, Pack
+from nsa_transformer.distributed.checkpoint import CONFIG, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
+from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
+from nsa_transformer.distributed.world import World, open_world
+from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
+from nsa_transformer.training.console import Console
+from nsa_transformer.training.evaluate import Evaluation, evaluate
+from nsa_transformer.training.faults import OutOfMemory, Stopped, StopSignal, TrainingError, describe_out_of_memory
+from nsa_transformer.training.meter import Meter
+from nsa_transformer.training.metrics import MetricsWriter
+from nsa_transformer.training.optimizer import build_optimizer, learning_rate
+from nsa_transformer.training.profiling import Profiler
+from nsa_transformer.training.report import write_report
+from nsa_transformer.training.resume import find_start
+from nsa_transformer.utils.files import remove_leftovers, write_atomic
+from nsa_transformer.utils.hardware import device_name
+
+MAX_BAD_STEPS = 5  # updates in a row that may be skipped for a loss or gradient that is not finite
+
+
+@dataclass
+class Progress:
+    """What a checkpoint knows beside weights and moments."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # target tokens seen
+    next_pack: int = 0  # global index of the next pack
+    bad_steps: int = 0  # updates skipped in a row
+
+
+class Trainer:
+    """`Trainer(config).train()`: one run, from whatever checkpoint `config.training.resume` finds, to its last step.
+
+    Raises `ConfigError` before any work for settings that cannot run, `TrainingError` where training cannot go on.
+    """
+
+    def __init__(self, config: Config) -> None:
+        unsupported = unsupported_options(config)
+        if unsupported:
+            raise ConfigError("\n".join(unsupported))
+        self.config = config
+        self.console = Console(enabled=int(os.environ.get("RANK", "0")) == 0)
+        self.doing = "starting"  # for messages about memory
+
+    def train(self) -> int:
+        """Run to the end. Returns 0, or 128 + the signal that stopped it after saving: 143 for SIGTERM, 130 for Ctrl-C."""
+        try:
+            with StopSignal() as stop, open_world(self.config.training.device) as world:
+                return self._train(world, stop)
+        except Stopped as stopped:
+            self.console.info(f"stopped by a signal while {self.doing}")
+            return 128 + stopped.signal
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            message = describe_out_of_memory(error, self.doing, self.config)
+            if message is None:
+                raise
+            raise OutOfMemory(message) from error
+
+    # ------------------------------------------------------------------------------------------------------------ the run
+
+    def _train(self, world: World, stop: StopSignal) -> int:
+        self._check_world(world)
+        self._prepare_run_dir(world)
+        self._set_up(world)
+        config, progress = self.config.training, self.progress
+        full_config = to_dict(self.config)
+        with (
+            self._metrics(full_config) as metrics,
+            Profiler(self.run_dir, self.config.logging.profiling, world.device, self.console.info) as profiler,
+            self.console.live(config.max_steps, progress.step),
+            stop.deferred(),
+        ):
+            meter = Meter(self.config, world)
+            while progress.step < config.max_steps and not stop.received:
+                row = self._step(world, meter)
+                profiler.step()
+                self.console.advance(progress.step, meter.last_step_seconds)
+                last = progress.step == config.max_steps
+                if row is not None and (progress.step % self.config.logging.log_every == 0 or last):
+                    self._write(metrics, row | meter.read())
+                if last or _due(progress.step, config.eval_every):
+                    self.evaluation = self._evaluate()
+                    self._write(metrics, self.evaluation.row(progress.step))
+                stop.received = world.largest(stop.received)
+                if last or stop.received or _due(progress.step, config.checkpoint_every):
+                    self._save()
+                meter.restart()
+        if stop.received:
+            self.console.info(f"stopped by a signal after saving step {progress.step}; continue with run_dir={self.run_dir} training.resume=auto")
+            return 128 + stop.received
+        self.doing = "writing the report"
+        if self.evaluation is None:  # resumed at its very end
+            self.evaluation = self._evaluate()
+        write_report(self.config, self.run_dir, self.model, self.data, self.validation, self.evaluation, progress.next_pack, world, self.console)
+        return 0
+
+    def _step(self, world: World, meter: Meter) -> dict[str, Any] | None:
+        """One optimizer step over `batch_size` packs; a row of metrics, or None where the update was skipped."""
+        config, progress = self.config.training, self.progress
+        self.doing = "making a training step"
+        packs = self._packs_of_step(world)
+        meter.data_ready()
+        # Every token of the step weighs the same, whatever pack, pass or rank it is in.
+        num_targets = max(int(world.sum(torch.stack([(p.targets != IGNORE).sum() for p in packs]).sum())), 1)
+        rate = learning_rate(progress.step + 1, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        loss = torch.zeros((), device=world.device)
+        load: Tensor | int = 0
+        for start in range(0, len(packs), config.micro_batch_size):
+            pack = merge_packs(packs[start : start + config.micro_batch_size]).to(world.device)
+            with self._autocast():
+                out = self.model(pack.tokens, pack.cu_seqlens, targets=pack.targets, valid=pack.valid, loss_chunk_size=config.loss_chunk_size)
+            assert isinstance(out, LossOutput)
+            # FSDP2 averages gradients over ranks where a sum is wanted.
+            ((out.loss + out.auxiliary) * (world.size / num_targets)).backward()
+            loss += out.loss.detach()
+            load = load + out.load
+            meter.count(pack)
+        loss = world.sum(loss) / num_targets
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+
+        finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if finite:
+            self.optimizer.step()
+            assert isinstance(load, Tensor)
+            load = world.sum(load)
+            self.model.update_router_bias(load)
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.tokens += num_targets
+        progress.next_pack += config.batch_size
+        meter.step_done()
+        if not finite:
+            self._skip(float(loss), float(grad_norm))
+            return None
+        progress.bad_steps = 0
+        row = {"step": progress.step, "tokens": progress.tokens, "loss": loss.item(), "lr": rate, "grad_norm": grad_norm.item()}
+        if isinstance(load, Tensor) and load.numel():
+            row["expert_load_max_over_mean"] = float((load.max(-1).values / load.float().mean(-1).clamp(min=1e-9)).max())
+        return row
+
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        self.progress.bad_steps += 1
+        what = f"step {self.progress.step}: loss {loss:g}, gradient norm {grad_norm:g}"
+        if self.progress.bad_steps >= MAX_BAD_STEPS:
+            raise TrainingError(
+                f"{what}; {MAX_BAD_STEPS} updates in a row were not finite and none was made. Lower training.learning_rate or "
+                "lengthen training.warmup_steps, and continue from the newest checkpoint with training.resume=auto; docs/troubleshooting.md has more"
+            )
+        self.console.warning(f"{what}; this update was skipped")
+
+    def _packs_of_step(self, world: World) -> list[Pack]:
+        """This rank's packs: the global sequence, cut by pass and then by rank."""
+        config, first = self.config.training, self.progress.next_pack
+        micro = config.micro_batch_size
+        return [
+            self.data.train.pack(first + start + world.rank * micro + offset)
+            for start in range(0, config.batch_size, micro * world.size)
+            for offset in range(micro)
+        ]
+
+    def _evaluate(self) -> Evaluation:
+        self.doing = "validating"
+        lengths = self.data.tokenizer.byte_lengths
+        return evaluate(self.model, self.validation, lengths, self.world, self._autocast(), self.config.training.loss_chunk_size)
+
+    def _write(self, metrics: MetricsWriter | None, row: dict[str, Any]) -> None:
+        if metrics is not None:
+            metrics.write(row)
+        self.console.update(row)
+
+    def _save(self) -> None:
+        self.doing = "saving a checkpoint"
+        state = vars(self.progress) | {"data_fingerprint": self.data.fingerprint, "stream_fingerprint": self.data.train.fingerprint}
+        path = save_checkpoint(
+            self.run_dir, self.progress.step, self.model, self.optimizer, state, self.texts, self.world, self.config.training.keep_checkpoints
+        )
+        self.console.info(f"saved {path}")
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16")
+
+    # ------------------------------------------------------------------------------------------------------------- set-up
+
+    def _check_world(self, world: World) -> None:
+        self.world = world
+        config = self.config.training
+        if config.batch_size % (config.micro_batch_size * world.size):
+            unit = config.micro_batch_size * world.size
+            raise ConfigError(
+                f"training.batch_size={config.batch_size} must be a multiple of training.micro_batch_size={config.micro_batch_size} times {world.size} ranks; "
+                f"write training.batch_size={unit * max(1, round(config.batch_size / unit))}"
+            )
+
+    def _prepare_run_dir(self, world: World) -> None:
+        name = self.config.run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        self.run_dir = Path(world.broadcast_text(name) or name)
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            raise ConfigError(f"run_dir={self.run_dir} is a file; name a folder")
+        self.start = find_start(self.config, self.run_dir, self.console.warning)
+        world.barrier()  # nobody writes before all have looked
+
+    def _set_up(self, world: World) -> None:
+        config = self.config
+        _announce(config, world, self.console)
+        torch.manual_seed(config.training.seed + world.rank)
+        self.doing = "reading the data"
+        with world.main_first():
+            self.data: TextData = open_data(config.data, config.model.vocab_size, config.training.seed, self.console.info)
+        self.validation = self.data.validation_packs(config.training.eval_packs)
+        self.doing = "building the model"
+        self.model: Transformer = build_model(config, world)
+        self.doing = "building the optimizer"
+        self.optimizer = build_optimizer(self.model, config.training)
+        self.progress = Progress()
+        self.evaluation: Evaluation | None = None
+        self.doing = "loading weights"
+        if self.start is not None:
+            self._restore(self.start)
+        elif config.training.init_from is not None:
+            source = resolve_weights(config.training.init_from, "training.init_from")
+            load_weights(source, self.model)
+            self.console.info(f"weights of {source}")
+        else:
+            draw_weights(self.model, config.model, config.training.seed, world.device)
+        self.config = config = replace(config, run_dir=str(self.run_dir))
+        self.texts = {CONFIG: write_config(config), "tokenizer.json": self.data.tokenizer.to_json()}
+        if world.is_main:
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                for name, text in self.texts.items():
+                    write_atomic(self.run_dir / name, text)
+                if (self.run_dir / "checkpoints").is_dir():
+                    remove_leftovers(self.run_dir / "checkpoints")
+            except OSError as error:
+                raise ConfigError(f"run_dir={self.run_dir} cannot be written ({error.strerror}); name another folder") from None
+        world.barrier()
+
+    def _restore(self, path: Path) -> None:
+        state = load_checkpoint_into(path, self.model, self.optimizer, self.world)
+        if state.pop("stream_fingerprint") != self.data.train.fingerprint or state.pop("data_fingerprint") != self.data.fingerprint:
+            raise ConfigError(
+                f"the data is not what {path} was trained on (data.path, its files, or the tokenizer changed); restore it, "
+                f"or start a new run with training.init_from={path}"
+            )
+        self.progress = Progress(**state)
+        if self.progress.step > self.config.training.max_steps:
+            raise ConfigError(f"training.max_steps={self.config.training.max_steps} lies before step {self.progress.step} of {path}; write a larger one")
+        self.console.info(f"continuing {path} at step {self.progress.step}")
+
+    @contextmanager
+    def _metrics(self, full_config: dict[str, Any]) -> Iterator[MetricsWriter | None]:
+        if not self.world.is_main:
+            yield None
+            return
+        with MetricsWriter(self.run_dir, self.config.logging, full_config, self.progress.step, self.console.warning) as writer:
+            yield writer
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _announce(config: Config, world: World, console: Console) -> None:
+    total, active = count_parameters(config.model)
+    ranks = f" × {world.size} ranks" if world.size > 1 else ""
+    console.info(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active for a token; {config.model.attention} attention; {device_name(world.device)}{ranks}")
+    if world.device.type == "cpu":
+        tokens = config.training.max_steps * config.training.batch_size * config.data.max_length
+        hours = tokens * 6 * active / (world.size * CPU_FLOPS) / 3600
+        if hours > 1:
+            console.warning(f"no GPU: at a typical {CPU_FLOPS / 1e9:.0f} GFLOP/s this run takes about {hours:,.0f} hours; model=tiny takes minutes")
+
+
+CPU_FLOPS = 50e9  # what two cores reach on these matrices; only for the warning above
