@@ -6,7 +6,7 @@
                         validation.npy   bool [num_documents]
                         meta.json        counts and checksums of the above
 
-An entry is written beside its place and renamed into it, so processes may race for it and a killed one leaves nothing that looks whole.
+An entry is written beside its place and renamed into it, so processes may race for it, and a killed one leaves nothing that looks whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import heapq
 import itertools
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,7 @@ import numpy as np
 from nsa_transformer.config import ConfigError, DataConfig
 from nsa_transformer.data.sources import Document, Source, iter_documents
 from nsa_transformer.data.tokenizer import PATTERN, Tokenizer, cut_text, train_tokenizer
+from nsa_transformer.utils.files import atomic_folder
 
 __all__ = ["Split", "cache_folder", "cached_tokenizer", "tokenized_corpus"]
 
@@ -113,16 +113,17 @@ def tokenized_corpus(source: Source, text_column: str, tokenizer: Tokenizer, val
     """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole."""
     key = _key(_FORMAT, source.fingerprint, text_column, tokenizer.fingerprint, val_fraction)
     folder = cache / "corpora" / key
-    arrays = _load(folder, log)
-    if arrays is None:
-        began = time.perf_counter()
-        _build(folder, source, text_column, tokenizer, val_fraction)
+    for _ in range(3):  # more than once only where other processes work on the same entry
         arrays = _load(folder, log)
-        if arrays is None:
-            raise ConfigError(f"the tokenised corpus in {folder} was damaged while it was written; write data.cache_dir=FOLDER on another disk")
+        if arrays is not None:
+            break
+        began = time.perf_counter()
+        num_tokens = _build(folder, source, text_column, tokenizer, val_fraction)
         if source.skipped:
             log(f"data: skipped {len(source.skipped)} files that are not UTF-8 text: {', '.join(source.skipped[:3])}{', …' * (len(source.skipped) > 3)}")
-        log(f"data: tokenised {len(arrays[0]) / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
+        log(f"data: tokenised {num_tokens / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
+    else:
+        raise ConfigError(f"the tokenised corpus in {folder} cannot be kept whole; write data.cache_dir=FOLDER on another disk")
     tokens, offsets, validation = arrays
     if val_fraction is None:
         return (Split(tokens, offsets, np.arange(len(validation)), f"{key} all"),)
@@ -148,21 +149,23 @@ def _load(folder: Path, log: Log) -> tuple[np.ndarray, np.ndarray, np.ndarray] |
         return None
 
 
-def _build(folder: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> None:
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
+def _build(folder: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> int:
+    """Write an entry, in place of a damaged one; returns its tokens. Where another process was quicker, its entry stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    num_tokens = 0
     try:
-        temporary.mkdir(parents=True)
         _remove_stale(folder.parent)
-        offsets, validation = _write_tokens(temporary / "tokens.npy", source, text_column, tokenizer, val_fraction)
-        np.save(temporary / "offsets.npy", offsets)
-        np.save(temporary / "validation.npy", validation)
-        meta = {"sha256": {name: _checksum(temporary / name) for name in _ARRAYS}, "tokens": int(offsets[-1]), "documents": len(validation)}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        _move_into_place(temporary, folder)
+        with atomic_folder(folder) as temporary:
+            offsets, validation = _write_tokens(temporary / "tokens.npy", source, text_column, tokenizer, val_fraction)
+            num_tokens = int(offsets[-1])
+            np.save(temporary / "offsets.npy", offsets)
+            np.save(temporary / "validation.npy", validation)
+            meta = {"tokens": num_tokens, "documents": len(validation), "sha256": {name: _checksum(temporary / name) for name in _ARRAYS}}
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     except OSError as error:
-        raise ConfigError(f"the cache folder {folder.parent} cannot be written: {error.strerror or error}; write data.cache_dir=FOLDER") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not folder.exists():
+            raise ConfigError(f"the cache folder {folder.parent} cannot be written: {error.strerror or error}; write data.cache_dir=FOLDER") from None
+    return num_tokens
 
 
 def _write_tokens(file: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -241,25 +244,8 @@ def _write_header(stream: BinaryIO, dtype: np.dtype, count: int) -> int:
     return stream.tell()
 
 
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename a whole entry to its place. One that another process put there meanwhile is just as good; a damaged one makes room."""
-    for _ in range(3):
-        try:
-            temporary.rename(folder)
-            return
-        except OSError:
-            if not folder.exists():
-                raise
-        if _load(folder, lambda message: None) is not None:
-            return
-        damaged = temporary.with_name(f"{temporary.name}-damaged")
-        folder.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-    raise OSError(f"other processes keep replacing {folder}")
-
-
 def _remove_stale(parent: Path) -> None:
-    for entry in parent.glob(".*"):
+    for entry in parent.glob(".*.tmp-*"):
         try:
             if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(entry, ignore_errors=True)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nsa_transformer.config import ConfigError
+from nsa_transformer.utils.files import write_atomic
 
 __all__ = ["END_OF_DOCUMENT", "PATTERN", "Tokenizer", "cut_text", "train_tokenizer"]
 
@@ -98,14 +98,11 @@ class Tokenizer:
         file = Path(path)
         if file.is_dir():
             file = file / "tokenizer.json"
-        temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-            temporary.replace(file)
+            write_atomic(file, self._backend.to_str(pretty=True))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ConfigError(f"the tokenizer cannot be written to {file}: {error}") from None
+            raise ConfigError(f"the tokenizer cannot be written to {file}: {error.strerror or error}") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added. Raises `ValueError` on a lone surrogate, which is no character."""
