@@ -1,0 +1,266 @@
+"""Tokenised corpora and trained tokenizers, cached by what they were made from.
+
+    CACHE/tokenizers/<key>.json
+    CACHE/corpora/<key>/tokens.npy       every document end to end, uint16 or uint32, memory-mapped
+                        offsets.npy      int64 [num_documents + 1]
+                        validation.npy   bool [num_documents]
+                        meta.json        counts and checksums of the above
+
+An entry is written beside its place and renamed into it, so processes may race for it, and a killed one leaves nothing that looks whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from nsa_transformer.config import ConfigError, DataConfig
+from nsa_transformer.data.sources import Document, Source, iter_documents
+from nsa_transformer.data.tokenizer import PATTERN, Tokenizer, cut_text, train_tokenizer
+from nsa_transformer.utils.files import atomic_folder
+
+__all__ = ["Split", "cache_folder", "cached_tokenizer", "tokenized_corpus"]
+
+_FORMAT = 1  # raise it when the same inputs come to be stored differently
+_ARRAYS = ("tokens.npy", "offsets.npy", "validation.npy")
+_SAMPLE_BYTES = 16_000_000  # of text, for training a tokenizer
+_BATCH_CHARACTERS = 1 << 22
+_STALE_SECONDS = 86_400  # a temporary folder this old belongs to a process that died
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training or validation documents of a tokenised corpus.
+
+    tokens     uint16 or uint32 [all tokens of the corpus], memory-mapped; no end-of-document tokens
+    offsets    int64 [num_documents of the corpus + 1]
+    documents  int64, those that belong to this split
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    documents: np.ndarray
+    fingerprint: str
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.offsets[self.documents + 1] - self.offsets[self.documents]).sum())
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """`data.cache_dir`, or the user's cache."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "nsa-transformer"
+    except RuntimeError:
+        raise ConfigError("there is no home folder to cache data in; write data.cache_dir=FOLDER") from None
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizer
+
+
+def cached_tokenizer(source: Source, text_column: str, vocab_size: int, cache: Path, log: Log) -> Tokenizer:
+    """The tokenizer trained on a source, from the cache where it is there and whole."""
+    file = cache / "tokenizers" / f"{_key(source.fingerprint, text_column, vocab_size, PATTERN, _SAMPLE_BYTES)}.json"
+    if file.exists():
+        try:
+            return Tokenizer.load(file)
+        except ConfigError as error:
+            log(f"data: training the tokenizer again: {error}")
+    began = time.perf_counter()
+    tokenizer = train_tokenizer(_sample(iter_documents(source, text_column), _SAMPLE_BYTES), vocab_size)
+    log(f"data: trained a tokenizer of {tokenizer.vocab_size} tokens in {time.perf_counter() - began:.1f} s")
+    try:
+        tokenizer.save(file)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; write data.cache_dir=FOLDER") from None
+    return tokenizer
+
+
+def _sample(documents: Iterable[Document], size: int) -> list[str]:
+    """At most `size` bytes of text, spread evenly: the parts of documents with the smallest hashes, in their order."""
+    heap: list[tuple[int, int, str]] = []
+    kept = number = 0
+    for document in documents:
+        for place, part in enumerate(cut_text(document.text)):
+            heapq.heappush(heap, (-_hash(f"{document.name}#{place}"), number, part))
+            number += 1
+            kept += len(part.encode())
+            while kept > size and len(heap) > 1:
+                kept -= len(heapq.heappop(heap)[2].encode())
+    return [part for _, _, part in sorted(heap, key=lambda entry: entry[1])]
+
+
+# -------------------------------------------------------------------------------------------------------- tokens
+
+
+def tokenized_corpus(source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log) -> tuple[Split, ...]:
+    """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole."""
+    key = _key(_FORMAT, source.fingerprint, text_column, tokenizer.fingerprint, val_fraction)
+    folder = cache / "corpora" / key
+    for _ in range(3):  # more than once only where other processes work on the same entry
+        arrays = _load(folder, log)
+        if arrays is not None:
+            break
+        began = time.perf_counter()
+        num_tokens = _build(folder, source, text_column, tokenizer, val_fraction)
+        if source.skipped:
+            log(f"data: skipped {len(source.skipped)} files that are not UTF-8 text: {', '.join(source.skipped[:3])}{', …' * (len(source.skipped) > 3)}")
+        log(f"data: tokenised {num_tokens / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
+    else:
+        raise ConfigError(f"the tokenised corpus in {folder} cannot be kept whole; write data.cache_dir=FOLDER on another disk")
+    tokens, offsets, validation = arrays
+    if val_fraction is None:
+        return (Split(tokens, offsets, np.arange(len(validation)), f"{key} all"),)
+    return (
+        Split(tokens, offsets, np.flatnonzero(~validation), f"{key} train"),
+        Split(tokens, offsets, np.flatnonzero(validation), f"{key} validation"),
+    )
+
+
+def _load(folder: Path, log: Log) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The arrays of an entry; None if there is none, or (which is logged) if it is damaged."""
+    if not folder.exists():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        for name in _ARRAYS:
+            if _checksum(folder / name) != meta["sha256"][name]:
+                raise ValueError(f"{name} does not match its checksum")
+        tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        return tokens, np.load(folder / "offsets.npy"), np.load(folder / "validation.npy")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log(f"data: the tokenised corpus in {folder} is damaged ({error}); building it again")
+        return None
+
+
+def _build(folder: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> int:
+    """Write an entry, in place of a damaged one; returns its tokens. Where another process was quicker, its entry stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    num_tokens = 0
+    try:
+        _remove_stale(folder.parent)
+        with atomic_folder(folder) as temporary:
+            offsets, validation = _write_tokens(temporary / "tokens.npy", source, text_column, tokenizer, val_fraction)
+            num_tokens = int(offsets[-1])
+            np.save(temporary / "offsets.npy", offsets)
+            np.save(temporary / "validation.npy", validation)
+            meta = {"tokens": num_tokens, "documents": len(validation), "sha256": {name: _checksum(temporary / name) for name in _ARRAYS}}
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+    except OSError as error:
+        if not folder.exists():
+            raise ConfigError(f"the cache folder {folder.parent} cannot be written: {error.strerror or error}; write data.cache_dir=FOLDER") from None
+    return num_tokens
+
+
+def _write_tokens(file: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Encode every document into `file`; returns offsets and which documents are for validation."""
+    documents = iter_documents(source, text_column)
+    first = list(itertools.islice(documents, 2))
+    halves = None
+    if val_fraction is not None and len(first) == 1:
+        halves = first = _split_document(first[0], val_fraction, source.key)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+    lengths: list[int] = []
+    hashes: list[int] = []
+    with file.open("wb") as stream:
+        header_size = _write_header(stream, dtype, 0)
+        for batch in _batches(itertools.chain(first, documents)):
+            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
+                if ids:  # a tokenizer of another make may drop blank space, and with it a whole document
+                    stream.write(np.array(ids, dtype=dtype).tobytes())
+                    lengths.append(len(ids))
+                    hashes.append(_hash(document.name))
+        stream.seek(0)
+        assert _write_header(stream, dtype, sum(lengths)) == header_size
+    if not lengths:
+        raise ConfigError(f"{source.key}: the corpus is empty: the tokenizer makes no tokens of it")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    if val_fraction is None:
+        return offsets, np.zeros(len(lengths), dtype=bool)
+    if len(lengths) < 2:
+        raise ConfigError(f"{source.key} has too little text to hold some out for validation; add text, or write data.val_path=FILE")
+    if halves is not None:
+        return offsets, np.array([False, True])
+    return offsets, choose_validation(np.array(hashes, dtype=np.uint64), val_fraction)
+
+
+def choose_validation(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """bool [num_documents]: those whose hash (uint64) lies in the lowest `fraction`, but never none and never all of two or more."""
+    chosen = hashes.astype(np.float64) < fraction * 2.0**64
+    by_hash = np.argsort(hashes, kind="stable")
+    chosen[by_hash[0]] = True
+    chosen[by_hash[-1]] = False
+    return chosen
+
+
+def _split_document(document: Document, val_fraction: float, key: str) -> list[Document]:
+    """A lone document as two, cut at the line boundary nearest to where its last `val_fraction` begins."""
+    text = document.text
+    target = min(max(round(len(text) * (1 - val_fraction)), 1), len(text) - 1)
+    before, after = text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1
+    cuts = [cut for cut in (before, after) if 0 < cut < len(text)]
+    if not cuts:
+        raise ConfigError(
+            f"{key} holds a single document ({document.name}) of a single line, so none of it can be held out for validation; "
+            "add documents or lines, or write data.val_path=FILE"
+        )
+    cut = min(cuts, key=lambda c: abs(c - target))
+    return [Document(f"{document.name} (start)", text[:cut]), Document(f"{document.name} (end)", text[cut:])]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_header(stream: BinaryIO, dtype: np.dtype, count: int) -> int:
+    """The .npy header of a flat array; its size is the same for every count, so that it can be written over at the end."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.tell()
+
+
+def _remove_stale(parent: Path) -> None:
+    for entry in parent.glob(".*.tmp-*"):
+        try:
+            if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(entry, ignore_errors=True)
+        except FileNotFoundError:  # another process removed it first
+            continue
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
