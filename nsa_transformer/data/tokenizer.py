@@ -100,9 +100,13 @@ class Tokenizer:
             file = file / "tokenizer.json"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, self._backend.to_str(pretty=True))
+            write_atomic(file, self.to_json())
         except OSError as error:
             raise ConfigError(f"the tokenizer cannot be written to {file}: {error.strerror or error}") from None
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return self._backend.to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added. Raises `ValueError` on a lone surrogate, which is no character."""
@@ -144,6 +148,31 @@ class Tokenizer:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
         return self._backend.decode(listed, skip_special_tokens=True)
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of token ids, exact for byte-level BPE also where a character is cut in the middle; else those of `decode`."""
+        if not self._is_byte_level:
+            return self.decode(ids).encode()
+        return b"".join(self._token_bytes[int(i)] for i in ids)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(self._spec.get("decoder"))
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        """Bytes of each id of a byte-level vocabulary, which writes byte b as one printable character: as chr(b) where that is one,
+        and as chr(256), chr(257), … for the others in order (GPT-2's alphabet)."""
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [b for b in range(256) if b not in printable]
+        byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+        table = [b""] * self.vocab_size
+        for token, i in self._backend.get_vocab(with_added_tokens=False).items():
+            if self.byte_lengths[i]:
+                table[i] = bytes(byte_of[c] for c in token)
+        for added in self._spec["added_tokens"]:
+            table[added["id"]] = b"" if added["special"] else added["content"].encode()
+        return table
+
     @cached_property
     def vocab_size(self) -> int:
         """Highest token id + 1: the rows that an embedding needs."""
@@ -155,10 +184,9 @@ class Tokenizer:
 
         Exact for byte-level BPE. For SentencePiece-like vocabularies, where a token can lose a leading space, the bytes of its own text.
         """
-        byte_level = '"ByteLevel"' in json.dumps(self._spec.get("decoder"))
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in self._backend.get_vocab(with_added_tokens=False).items():
-            if byte_level:
+            if self._is_byte_level:
                 lengths[i] = len(token)  # one character of the byte alphabet per byte
             elif re.fullmatch("<0x[0-9A-F]{2}>", token):
                 lengths[i] = 1

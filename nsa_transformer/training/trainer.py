@@ -126,7 +126,9 @@ class Trainer:
         loss = torch.zeros((), device=world.device)
         load: Tensor | int = 0
         for start in range(0, len(packs), config.micro_batch_size):
-            pack = merge_packs(packs[start : start + config.micro_batch_size]).to(world.device)
+            pack = merge_packs(packs[start : start + config.micro_batch_size])
+            meter.count(pack)
+            pack = pack.to(world.device)
             with self._autocast():
                 out = self.model(pack.tokens, pack.cu_seqlens, targets=pack.targets, valid=pack.valid, loss_chunk_size=config.loss_chunk_size)
             assert isinstance(out, LossOutput)
@@ -134,7 +136,6 @@ class Trainer:
             ((out.loss + out.auxiliary) * (world.size / num_targets)).backward()
             loss += out.loss.detach()
             load = load + out.load
-            meter.count(pack)
         loss = world.sum(loss) / num_targets
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
 
