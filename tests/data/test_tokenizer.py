@@ -166,9 +166,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def _write_word_level(path: Path, vocab: dict[str, int], added: list[str], special: bool = True) -> Path:
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers
 
     backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
