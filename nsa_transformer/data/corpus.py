@@ -1,12 +1,12 @@
 """Tokenised corpora and trained tokenizers, cached by what they were made from.
 
-    CACHE/tokenizers/<key>.json
+    CACHE/tokenizers/<key>/tokenizer.json
     CACHE/corpora/<key>/tokens.npy       every document end to end, uint16 or uint32, memory-mapped
                         offsets.npy      int64 [num_documents + 1]
                         validation.npy   bool [num_documents]
-                        meta.json        counts and checksums of the above
 
-An entry is written beside its place and renamed into it, so processes may race for it, and a killed one leaves nothing that looks whole.
+Each entry also has a sha256.json of its files. An entry is written beside its place and renamed into it, so processes may
+race for it, and a killed one leaves nothing that looks whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from nsa_transformer.utils.files import atomic_folder
 __all__ = ["Split", "cache_folder", "cached_tokenizer", "tokenized_corpus"]
 
 _FORMAT = 1  # raise it when the same inputs come to be stored differently
-_ARRAYS = ("tokens.npy", "offsets.npy", "validation.npy")
 _SAMPLE_BYTES = 16_000_000  # of text, for training a tokenizer
 _BATCH_CHARACTERS = 1 << 22
 _STALE_SECONDS = 86_400  # a temporary folder this old belongs to a process that died
@@ -76,20 +75,16 @@ def cache_folder(config: DataConfig) -> Path:
 
 def cached_tokenizer(source: Source, text_column: str, vocab_size: int, cache: Path, log: Log) -> Tokenizer:
     """The tokenizer trained on a source, from the cache where it is there and whole."""
-    file = cache / "tokenizers" / f"{_key(source.fingerprint, text_column, vocab_size, PATTERN, _SAMPLE_BYTES)}.json"
-    if file.exists():
-        try:
-            return Tokenizer.load(file)
-        except ConfigError as error:
-            log(f"data: training the tokenizer again: {error}")
-    began = time.perf_counter()
-    tokenizer = train_tokenizer(_sample(iter_documents(source, text_column), _SAMPLE_BYTES), vocab_size)
-    log(f"data: trained a tokenizer of {tokenizer.vocab_size} tokens in {time.perf_counter() - began:.1f} s")
-    try:
-        tokenizer.save(file)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; write data.cache_dir=FOLDER") from None
-    return tokenizer
+    folder = cache / "tokenizers" / _key(_FORMAT, source.fingerprint, text_column, vocab_size, PATTERN, _SAMPLE_BYTES)
+
+    def build(target: Path) -> None:
+        began = time.perf_counter()
+        tokenizer = train_tokenizer(_sample(iter_documents(source, text_column), _SAMPLE_BYTES), vocab_size)
+        tokenizer.save(target)
+        log(f"data: trained a tokenizer of {tokenizer.vocab_size} tokens in {time.perf_counter() - began:.1f} s")
+
+    _ensure_entry(folder, ("tokenizer.json",), build, log)
+    return Tokenizer.load(folder)
 
 
 def _sample(documents: Iterable[Document], size: int) -> list[str]:
@@ -113,59 +108,25 @@ def tokenized_corpus(source: Source, text_column: str, tokenizer: Tokenizer, val
     """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole."""
     key = _key(_FORMAT, source.fingerprint, text_column, tokenizer.fingerprint, val_fraction)
     folder = cache / "corpora" / key
-    for _ in range(3):  # more than once only where other processes work on the same entry
-        arrays = _load(folder, log)
-        if arrays is not None:
-            break
+
+    def build(target: Path) -> None:
         began = time.perf_counter()
-        num_tokens = _build(folder, source, text_column, tokenizer, val_fraction)
+        offsets, validation = _write_tokens(target / "tokens.npy", source, text_column, tokenizer, val_fraction)
+        np.save(target / "offsets.npy", offsets)
+        np.save(target / "validation.npy", validation)
         if source.skipped:
             log(f"data: skipped {len(source.skipped)} files that are not UTF-8 text: {', '.join(source.skipped[:3])}{', …' * (len(source.skipped) > 3)}")
-        log(f"data: tokenised {num_tokens / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
-    else:
-        raise ConfigError(f"the tokenised corpus in {folder} cannot be kept whole; write data.cache_dir=FOLDER on another disk")
-    tokens, offsets, validation = arrays
+        log(f"data: tokenised {offsets[-1] / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
+
+    _ensure_entry(folder, ("tokens.npy", "offsets.npy", "validation.npy"), build, log)
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    offsets, validation = np.load(folder / "offsets.npy"), np.load(folder / "validation.npy")
     if val_fraction is None:
         return (Split(tokens, offsets, np.arange(len(validation)), f"{key} all"),)
     return (
         Split(tokens, offsets, np.flatnonzero(~validation), f"{key} train"),
         Split(tokens, offsets, np.flatnonzero(validation), f"{key} validation"),
     )
-
-
-def _load(folder: Path, log: Log) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """The arrays of an entry; None if there is none, or (which is logged) if it is damaged."""
-    if not folder.exists():
-        return None
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        for name in _ARRAYS:
-            if _checksum(folder / name) != meta["sha256"][name]:
-                raise ValueError(f"{name} does not match its checksum")
-        tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        return tokens, np.load(folder / "offsets.npy"), np.load(folder / "validation.npy")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log(f"data: the tokenised corpus in {folder} is damaged ({error}); building it again")
-        return None
-
-
-def _build(folder: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> int:
-    """Write an entry, in place of a damaged one; returns its tokens. Where another process was quicker, its entry stays."""
-    shutil.rmtree(folder, ignore_errors=True)
-    num_tokens = 0
-    try:
-        _remove_stale(folder.parent)
-        with atomic_folder(folder) as temporary:
-            offsets, validation = _write_tokens(temporary / "tokens.npy", source, text_column, tokenizer, val_fraction)
-            num_tokens = int(offsets[-1])
-            np.save(temporary / "offsets.npy", offsets)
-            np.save(temporary / "validation.npy", validation)
-            meta = {"tokens": num_tokens, "documents": len(validation), "sha256": {name: _checksum(temporary / name) for name in _ARRAYS}}
-            (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    except OSError as error:
-        if not folder.exists():
-            raise ConfigError(f"the cache folder {folder.parent} cannot be written: {error.strerror or error}; write data.cache_dir=FOLDER") from None
-    return num_tokens
 
 
 def _write_tokens(file: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -242,6 +203,41 @@ def _write_header(stream: BinaryIO, dtype: np.dtype, count: int) -> int:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(stream, header)
     return stream.tell()
+
+
+# ------------------------------------------------------------------------------------------------------- entries
+
+
+def _ensure_entry(folder: Path, files: tuple[str, ...], build: Callable[[Path], None], log: Log) -> None:
+    """Leave a whole entry at `folder`: the one that is there, or what `build` writes into the folder it is given."""
+    for _ in range(3):  # more than once only where another process put an entry there meanwhile
+        if _is_whole(folder, files, log):
+            return
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(folder.parent)
+            with atomic_folder(folder) as temporary:
+                build(temporary)
+                (temporary / "sha256.json").write_text(json.dumps({name: _checksum(temporary / name) for name in files}))
+        except OSError as error:
+            if not folder.exists():
+                raise ConfigError(f"the cache folder {folder.parent} cannot be written: {error.strerror or error}; write data.cache_dir=FOLDER") from None
+    if not _is_whole(folder, files, log):
+        raise ConfigError(f"the cache entry {folder} cannot be kept whole; delete it, or write data.cache_dir=FOLDER")
+
+
+def _is_whole(folder: Path, files: tuple[str, ...], log: Log) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        expected = json.loads((folder / "sha256.json").read_text())
+        wrong = [name for name in files if _checksum(folder / name) != expected[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wrong = [str(error)]
+    if wrong:
+        log(f"data: the cache entry {folder} is damaged ({', '.join(wrong)}); building it again")
+    return not wrong
 
 
 def _remove_stale(parent: Path) -> None:

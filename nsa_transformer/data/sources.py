@@ -95,6 +95,8 @@ def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> 
     """`find_files` with what goes with it; `key` is the setting that errors name."""
     if path is None:
         return _standard_library(key)
+    if not os.fspath(path):
+        raise ConfigError(f"{key}= is empty; name a file, a folder or a glob, or write {key}=null for the default")
     given = Path(path).expanduser()
     if given.is_file():
         return Source(given.parent, [given], key)
@@ -108,7 +110,7 @@ def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> 
         found = [Path(match) for match in glob.glob(str(given), recursive=True) if os.path.isfile(match)]
         nothing = "no text files that match it; a glob matches files, and ** any folders (data/**/*.txt)"
     else:
-        raise ConfigError(f"{key}={path} does not exist; name a file, a folder or a glob, or {key}=null for the default")
+        raise ConfigError(f"{key}={path} does not exist; name a file, a folder or a glob, or write {key}=null for the default")
     files = sorted({file for file in found if _suffix(file) not in _BINARY}, key=lambda file: file.relative_to(root).as_posix())
     if not files:
         raise ConfigError(f"{key}={path} has {nothing}; name text, .jsonl or .parquet files")
@@ -117,14 +119,13 @@ def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> 
 
 def _standard_library(key: str) -> Source:
     root = Path(sysconfig.get_paths()["stdlib"])
-    outside = {"site-packages", "dist-packages", "__pycache__"}
-    files = [file for file in _walk(root) if file.suffix == ".py" and not outside.intersection(file.relative_to(root).parts)]
+    files = [file for file in _walk(root, without=("site-packages", "dist-packages", "__pycache__")) if file.suffix == ".py"]
     if not files:
         raise ConfigError(f"this Python has no source of its standard library in {root}; write {key}=FILE_OR_FOLDER")
     return Source(root, sorted(files, key=lambda file: file.relative_to(root).as_posix()), key, default=True)
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _walk(root: Path, without: tuple[str, ...] = ()) -> Iterator[Path]:
     seen = set()  # a link may lead back to a folder above it
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -132,7 +133,7 @@ def _walk(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
         for name in names:
             file = Path(folder, name)
             if not name.startswith(".") and file.is_file():

@@ -1,0 +1,213 @@
+"""The tokenizer: lossless, deterministic, linear, and never an end of document out of text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_transformer.config import ConfigError
+from nsa_transformer.data.tokenizer import END_OF_DOCUMENT, Tokenizer, cut_text, train_tokenizer
+
+TEXTS = [
+    "def f(x):\n    return x + 1\n\n\nclass A:\n    '''Ein Würfel.'''\n" * 20,
+    "The quick brown fox jumps over 12345 lazy dogs. It's 3.14159!\r\n\tTabs, too.\n" * 20,
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \U0001f680 na\u00efve caf\u00e9\n" * 5,
+]
+ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=200)
+CODE_LIKE = st.text(alphabet="ab1 _\n\r\t.!\u00e9\u4f60\u3000\x85\x1c", max_size=400)
+
+
+@cache
+def small() -> Tokenizer:
+    return train_tokenizer(TEXTS, 350)
+
+
+@settings(deadline=None)
+@given(ANY_TEXT | CODE_LIKE)
+def test_round_trip_and_byte_lengths(text: str) -> None:
+    tokenizer = small()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+    assert tokenizer.eod_id not in ids
+
+
+@settings(deadline=None, max_examples=200)
+@given(CODE_LIKE, st.integers(1, 40))
+def test_text_cut_in_parts_has_the_tokens_of_the_whole(text: str, size: int) -> None:
+    parts = cut_text(text, size)
+    assert "".join(parts) == text
+    assert all(len(part) >= size for part in parts[:-1])
+    backend = small()._backend
+    assert [i for part in parts for i in backend.encode(part).ids] == backend.encode(text).ids
+
+
+def test_cutting_cuts() -> None:
+    assert cut_text("ab cd ef", 2) == ["ab", " cd", " ef"]
+    assert cut_text("aaaaaaaa", 2) == ["aaaaaaaa"]
+
+
+def test_a_long_text_is_encoded_as_by_the_library_at_once() -> None:
+    text = "".join(TEXTS) * 150
+    assert len(cut_text(text)) > 1
+    assert small().encode(text) == small()._backend.encode(text).ids
+
+
+def test_batch_equals_one_by_one() -> None:
+    texts = ["", "a", *TEXTS, "", "x" * 1000]
+    assert small().encode_batch(texts) == [small().encode(text) for text in texts]
+    assert small().encode("") == []
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|>", "a <|endoftext|> b", "<|endoftext|><|endoftext|>"])
+def test_the_name_of_a_special_token_is_text(text: str) -> None:
+    ids = small().encode(text)
+    assert small().eod_id not in ids
+    assert small().decode(ids) == text
+
+
+def test_special_tokens_have_no_bytes_and_no_text() -> None:
+    tokenizer = small()
+    assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,)
+    assert tokenizer.byte_lengths[tokenizer.eod_id] == 0
+    assert (np.delete(tokenizer.byte_lengths, tokenizer.eod_id) > 0).all()
+    assert tokenizer.decode([*tokenizer.encode("ab"), tokenizer.eod_id]) == "ab"
+
+
+@pytest.mark.parametrize("bad", [-1, 350])
+def test_decode_refuses_ids_outside_the_vocabulary(bad: int) -> None:
+    assert small().vocab_size == 350
+    with pytest.raises(ValueError, match=f"{bad} is outside the vocabulary of 350"):
+        small().decode([1, bad])
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(ValueError, match="surrogates"):
+        small().encode("a\ud800b")
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "\n", "!", "7", "\u00e9", "\r\n ", " \n"])
+def test_five_megabytes_of_one_thing_take_seconds(letter: str) -> None:
+    text = letter * (5_000_000 // len(letter.encode()))
+    began = time.perf_counter()
+    ids = small().encode(text)
+    assert time.perf_counter() - began < 40  # some 5 s on an idle core; hours if anything were quadratic
+    assert small().byte_lengths[ids].sum() == len(text.encode())
+
+
+def test_training_on_one_long_word_takes_seconds() -> None:
+    began = time.perf_counter()
+    tokenizer = train_tokenizer(["x" * 2_000_000], 300)
+    assert time.perf_counter() - began < 30
+    assert 257 < tokenizer.vocab_size <= 300
+
+
+def test_training_is_deterministic_across_processes() -> None:
+    code = f"from nsa_transformer.data.tokenizer import train_tokenizer; print(train_tokenizer({TEXTS!r}, 350).fingerprint)"
+    root = Path(__file__).resolve().parents[2]
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert again.stdout.strip() == small().fingerprint
+
+
+def test_a_small_corpus_gives_a_smaller_vocabulary() -> None:
+    assert train_tokenizer(["ab"], 5000).vocab_size < 300
+    assert train_tokenizer([], 5000).vocab_size == 257
+
+
+def test_progress_counts_characters() -> None:
+    seen: list[int] = []
+    train_tokenizer(["abc", "de"], 300, progress=seen.append)
+    assert seen == [3, 5]
+
+
+def test_a_vocabulary_below_the_bytes_is_refused() -> None:
+    assert train_tokenizer(TEXTS, 257).vocab_size == 257
+    with pytest.raises(ConfigError, match=r"256 .*model\.vocab_size=257"):
+        train_tokenizer(TEXTS, 256)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    small().save(tmp_path / "new" / "tokenizer.json")
+    for path in (tmp_path / "new", tmp_path / "new" / "tokenizer.json", str(tmp_path / "new")):
+        loaded = Tokenizer.load(path)
+        assert loaded.fingerprint == small().fingerprint
+        assert loaded.eod_id == small().eod_id
+        assert loaded.encode(TEXTS[0]) == small().encode(TEXTS[0])
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["tokenizer.json"]
+    assert train_tokenizer(TEXTS, 351).fingerprint != small().fingerprint
+
+
+def test_save_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        small().save(tmp_path / "file" / "tokenizer.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"model": 3, "added_tokens": []}', b"\xff\xfe\x00", b"null"])
+def test_a_corrupt_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "tokenizer.json"):
+        with pytest.raises(ConfigError, match="there is no tokenizer at"):
+            Tokenizer.load(path)
+
+
+def _write_word_level(path: Path, vocab: dict[str, int], added: list[str], special: bool = True) -> Path:
+    from tokenizers import AddedToken, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_tokens([AddedToken(name, special=special, normalized=False) for name in added])
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    backend.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"])
+@pytest.mark.parametrize("special", [True, False])
+def test_end_of_document_of_other_tokenizers(tmp_path: Path, name: str, special: bool) -> None:
+    vocab = {"?": 0, "a": 1, "b": 2, "\u2581": 3}
+    tokenizer = Tokenizer.load(_write_word_level(tmp_path / "t.json", vocab, [name], special))
+    assert (tokenizer.eod_token, tokenizer.eod_id, tokenizer.vocab_size) == (name, 4, 5)
+    assert tokenizer.encode("a b a b a") == [1, 2, 1, 2, 1]  # neither truncated nor padded
+    assert 4 not in tokenizer.encode(f"a{name}b")
+    assert tokenizer.byte_lengths.tolist() == [1, 1, 1, 1, 0]
+
+
+def test_end_of_document_in_the_vocabulary_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(_write_word_level(tmp_path / "t.json", {"?": 0, "</s>": 1, "a": 2}, []))
+    assert tokenizer.eod_id == 1
+    assert tokenizer.encode("a</s>") == [2, 0, 0, 0, 0]
+    assert tokenizer.decode([2, 1]) == "a"
+
+
+def test_no_end_of_document_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"t\.json.*no end-of-document token"):
+        Tokenizer.load(_write_word_level(tmp_path / "t.json", {"?": 0, "a": 1}, ["<pad>"]))
+
+
+def test_a_tokenizer_that_reads_text_as_end_of_document_is_refused(tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"?": 0, "</s>": 1}, "unk_token": "?"}
+    spec = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None, "model": model}
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    with pytest.raises(ConfigError, match=r"reads the text '</s>' as its end-of-document"):
+        Tokenizer.load(tmp_path / "t.json")
+
+
+def test_the_special_name_is_the_usual_one() -> None:
+    assert small().eod_token == END_OF_DOCUMENT == "<|endoftext|>"
