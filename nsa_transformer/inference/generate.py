@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.models.transformer import Transformer
 
 PREFILL_CHUNK = 4096  # prompt tokens per pass, which bounds the memory of a long prompt
@@ -85,3 +86,44 @@ def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int, sam
         if token == eod_id:
             return
         yield token
+
+
+def generate_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    stop: Sequence[str] = (),
+) -> Iterator[tuple[list[int], str]]:
+    """Yield new ids with the text they complete, ending at end-of-document or before any of the `stop` texts.
+
+    Text that could be the beginning of a stop text, or of a character whose bytes are not all there, waits for what follows.
+    The ids of a stop text are yielded, since a token may carry more than it; its text is not.
+    """
+    if any(not text for text in stop):
+        raise ValueError("a stop text is empty; leave it out")
+    ids: list[int] = []
+    shown, pending = 0, []
+    for token in generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.eod_id):
+        ids.append(token)
+        pending.append(token)
+        text = tokenizer.decode_bytes(ids).decode(errors="replace")
+        found = [place for place in (text.find(s, max(0, shown - len(s))) for s in stop) if place >= 0]
+        if found:
+            yield pending, text[shown : min(found)]
+            return
+        held = max((_overlap(text, s) for s in stop), default=0)
+        safe = len(text.rstrip("\ufffd")) if text.endswith("\ufffd") else len(text)
+        end = min(safe, len(text) - held)
+        if end > shown:
+            yield pending, text[shown:end]
+            shown, pending = end, []
+    text = tokenizer.decode_bytes(ids).decode(errors="replace")
+    if pending or shown < len(text):
+        yield pending, text[shown:]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -224,10 +224,12 @@ def _selected(k: Tensor, v: Tensor, t: Tensor, config: NSAConfig, blocks: Tensor
 
 def _attend(q: Tensor, branch: _Branch) -> tuple[Tensor, Tensor]:
     """Softmax attention of scaled q [H, T, G, D]: out [H, T, G, Dv], and p [H, T, G, S]. Exactly 0 for a query that sees no key."""
-    hidden = ~branch.visible.unsqueeze(2)
+    seen = branch.visible.any(-1, keepdim=True)
+    bias = torch.zeros_like(branch.visible, dtype=q.dtype).masked_fill_(~branch.visible & seen, -torch.inf)
     scores = _rows_times(q, branch.k.mT)
-    # The softmax of a row without any visible key is NaN, which the second fill turns into zeros.
-    p = torch.softmax(scores.masked_fill_(hidden, -torch.inf), dim=-1).masked_fill_(hidden, 0.0)
+    p = torch.softmax(scores.add_(bias.unsqueeze(2)), dim=-1)
+    if not bool(seen.all()):  # rows without any visible key went through the softmax unmasked
+        p *= seen.unsqueeze(2)
     return _rows_times(p, branch.v), p
 
 

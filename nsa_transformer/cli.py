@@ -1,0 +1,183 @@
+"""`nsa`: what one does with a run, from the shell. Status 0 on success, 2 with one line on stderr for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nsa_transformer.config import ConfigError
+
+# Commands that have their place but are not built yet; each refuses by name.
+PLANNED = {
+    "chat": "talk with a run in the terminal",
+    "serve": "serve a run over HTTP",
+    "evaluate": "measure a run on benchmarks",
+    "export": "write a run as one folder of weights, settings and tokenizer",
+    "convert": "turn a Hugging Face model into a checkpoint",
+    "plan": "tell what a configuration needs in memory and time",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if options.command in PLANNED:
+            raise ConfigError(f"nsa {options.command} is not built yet")
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nsa", description="Long-context language models with Native Sparse Attention.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("run", metavar="RUN", help="a run, one checkpoint of it, or an exported folder")
+    generate.add_argument("--prompt", required=True, help="text that the model continues, fed as it is")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (128)")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the most likely token (0.8)")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that reach probability P")
+    generate.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
+    generate.add_argument("--kv-cache", choices=["none", "fp8"], help="quantization of the cache; by default the run's own setting")
+    generate.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache (bfloat16 on a GPU, float32 on a CPU)")
+    generate.add_argument("--json", action="store_true", help="print one object: prompt_ids, ids, text")
+    generate.set_defaults(run=_generate)
+
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode and decode files").add_subparsers(required=True, metavar="ACTION")
+    train = tokenizer.add_parser("train", help="train a byte-level BPE")
+    train.add_argument("files", nargs="+", metavar="FILES", help="text, JSONL or parquet: files, folders or globs")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    train.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
+    train.add_argument("--text-column", default="text", help="column or key of the text in JSONL and parquet")
+    train.set_defaults(run=_tokenizer_train)
+    encode = tokenizer.add_parser("encode", help="a text file to token ids")
+    encode.add_argument("tokenizer", metavar="DIR", help="a tokenizer.json, or a folder or run that has one")
+    encode.add_argument("file", metavar="FILE")
+    encode.add_argument("--output", required=True, metavar="IDS.npy")
+    encode.set_defaults(run=_tokenizer_encode)
+    decode = tokenizer.add_parser("decode", help="token ids to a text file")
+    decode.add_argument("tokenizer", metavar="DIR")
+    decode.add_argument("file", metavar="IDS.npy")
+    decode.add_argument("--output", required=True, metavar="FILE")
+    decode.set_defaults(run=_tokenizer_decode)
+
+    inspect = commands.add_parser("inspect", help="what a run is and where it stands")
+    inspect.add_argument("run", metavar="RUN", help="the folder of a run")
+    inspect.set_defaults(run=_inspect)
+    doctor = commands.add_parser("doctor", help="what this machine has, and which backends work")
+    doctor.set_defaults(run=_doctor)
+    for name, what in PLANNED.items():
+        commands.add_parser(name, help=f"{what} (not built yet)", add_help=False)
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import torch
+
+    from nsa_transformer.distributed.world import choose_device
+    from nsa_transformer.inference.generate import SamplingConfig, generate_text
+    from nsa_transformer.inference.load import load_checkpoint, saved_kv_cache
+
+    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.seed)
+    quantization = options.kv_cache or saved_kv_cache(options.run).quantization
+    if quantization != "none":
+        raise ConfigError(f"--kv-cache {quantization} is not built yet; write --kv-cache none")
+    device = choose_device(options.device)
+    dtype = getattr(torch, options.dtype) if options.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = load_checkpoint(options.run, device, dtype)
+    prompt_ids = tokenizer.encode(options.prompt)
+    pieces = generate_text(model, tokenizer, prompt_ids, options.max_new_tokens, sampling, options.stop)
+    if not options.json:
+        print(options.prompt, end="", flush=True)
+    ids: list[int] = []
+    text = ""
+    for new_ids, piece in pieces:
+        ids += new_ids
+        text += piece
+        if not options.json:
+            print(piece, end="", flush=True)
+    print(json.dumps({"prompt_ids": prompt_ids, "ids": ids, "text": text}) if options.json else "")
+    return 0
+
+
+def _tokenizer_train(options: argparse.Namespace) -> int:
+    from nsa_transformer.data.sources import read_documents
+    from nsa_transformer.data.tokenizer import train_tokenizer
+
+    texts = (document.text for path in options.files for document in read_documents(path, options.text_column))
+    tokenizer = train_tokenizer(texts, options.vocab_size)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    print(f"wrote {folder / 'tokenizer.json'}: {tokenizer.vocab_size} tokens")
+    return 0
+
+
+def _tokenizer_encode(options: argparse.Namespace) -> int:
+    import io
+
+    import numpy as np
+
+    from nsa_transformer.data.tokenizer import Tokenizer
+    from nsa_transformer.utils.files import write_atomic
+
+    tokenizer = Tokenizer.load(options.tokenizer)
+    try:
+        text = Path(options.file).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{options.file} is not UTF-8 text (byte {error.start}); convert it first") from None
+    ids = tokenizer.encode(text)
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(ids, dtype=np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32))
+    write_atomic(options.output, buffer.getvalue())
+    print(f"wrote {options.output}: {len(ids)} tokens of {len(text.encode())} bytes")
+    return 0
+
+
+def _tokenizer_decode(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from nsa_transformer.data.tokenizer import Tokenizer
+    from nsa_transformer.utils.files import write_atomic
+
+    tokenizer = Tokenizer.load(options.tokenizer)
+    try:
+        ids = np.load(options.file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ConfigError(f"{options.file} is no .npy of token ids ({error})") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "ui":
+        raise ConfigError(f"{options.file} holds {ids.dtype} {list(ids.shape)}; token ids are whole numbers in one row")
+    write_atomic(options.output, tokenizer.decode_bytes(ids.tolist()))
+    print(f"wrote {options.output}: {len(ids)} tokens")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from nsa_transformer.training.inspect import describe_run
+
+    print(describe_run(Path(options.run)))
+    return 0
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from nsa_transformer.training.doctor import doctor_report
+
+    print(doctor_report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""A model and its tokenizer from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nsa_transformer.config import ConfigError, KVCacheConfig
+from nsa_transformer.data.tokenizer import Tokenizer
+from nsa_transformer.distributed.checkpoint import CONFIG, load_weights, read_config, resolve_weights
+from nsa_transformer.distributed.world import choose_device
+from nsa_transformer.models.transformer import Transformer
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model, in eval mode, and the tokenizer of a run, of one checkpoint of it, or of an exported folder.
+
+    Args:
+        path: `runs/x` (its newest checkpoint that verifies), `runs/x/checkpoints/step_…`, or a folder with
+            `config.yaml`, `model.safetensors` and `tokenizer.json`.
+        device: `cpu`, `cuda`, `auto`, or a torch device.
+        dtype: of the weights; None: as saved, float32.
+
+    Raises:
+        ConfigError: a ValueError that says what is missing or damaged.
+    """
+    folder = resolve_weights(str(path), "path")
+    config = read_config(folder)
+    target = choose_device(device) if device in ("auto", "cpu", "cuda") else torch.device(device)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {config.model.vocab_size}")
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model.to_empty(device=target)
+    load_weights(folder, model)
+    if dtype is not None:
+        for name, parameter in model.named_parameters():
+            # The router decides in float32, whatever the rest computes in.
+            if not name.endswith("router.weight"):
+                parameter.data = parameter.data.to(dtype)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def saved_kv_cache(path: str | Path) -> KVCacheConfig:
+    """`memory.kv_cache` as the run was trained with it: the default of its generation. Raises `ConfigError` as `load_checkpoint`."""
+    folder = Path(path).expanduser()
+    if not (folder / CONFIG).exists():
+        folder = resolve_weights(str(path), "path")
+    return read_config(folder).memory.kv_cache
