@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"nsa {options.command} is not built yet")
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return options.run(options)
+        return options.call(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="auto", help="auto, cpu or cuda")
     generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache (bfloat16 on a GPU, float32 on a CPU)")
     generate.add_argument("--json", action="store_true", help="print one object: prompt_ids, ids, text")
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(call=_generate)
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode and decode files").add_subparsers(required=True, metavar="ACTION")
     train = tokenizer.add_parser("train", help="train a byte-level BPE")
@@ -62,23 +62,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--vocab-size", type=int, required=True, metavar="N")
     train.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
     train.add_argument("--text-column", default="text", help="column or key of the text in JSONL and parquet")
-    train.set_defaults(run=_tokenizer_train)
+    train.set_defaults(call=_tokenizer_train)
     encode = tokenizer.add_parser("encode", help="a text file to token ids")
     encode.add_argument("tokenizer", metavar="DIR", help="a tokenizer.json, or a folder or run that has one")
     encode.add_argument("file", metavar="FILE")
     encode.add_argument("--output", required=True, metavar="IDS.npy")
-    encode.set_defaults(run=_tokenizer_encode)
+    encode.set_defaults(call=_tokenizer_encode)
     decode = tokenizer.add_parser("decode", help="token ids to a text file")
     decode.add_argument("tokenizer", metavar="DIR")
     decode.add_argument("file", metavar="IDS.npy")
     decode.add_argument("--output", required=True, metavar="FILE")
-    decode.set_defaults(run=_tokenizer_decode)
+    decode.set_defaults(call=_tokenizer_decode)
 
     inspect = commands.add_parser("inspect", help="what a run is and where it stands")
     inspect.add_argument("run", metavar="RUN", help="the folder of a run")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(call=_inspect)
     doctor = commands.add_parser("doctor", help="what this machine has, and which backends work")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(call=_doctor)
     for name, what in PLANNED.items():
         commands.add_parser(name, help=f"{what} (not built yet)", add_help=False)
     return parser
