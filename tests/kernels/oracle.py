@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, rows: list[int], scale: 
 def _lengths(cu_seqlens: Tensor | list[int] | None, total: int) -> list[int]:
     bounds = [0, total] if cu_seqlens is None else [int(b) for b in cu_seqlens]
     assert bounds[0] == 0 and bounds[-1] == total and bounds == sorted(bounds)
-    return [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [b - a for a, b in pairwise(bounds)]
 
 
 def oracle_attention(

@@ -1,0 +1,504 @@
+"""The reference attention against the brute-force oracle: forward, blocks, every gradient, and what must hold exactly."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_transformer import NSAConfig
+from nsa_transformer.kernels import nsa_attention
+
+from .cases import (
+    NAMES,
+    Case,
+    assert_blocks_follow_importance,
+    assert_close,
+    assert_error_within_twice_plain,
+    assert_matches_oracle,
+    assert_same_bits,
+    bounds,
+    config_of,
+    int32,
+    make_case,
+    run,
+    run_oracle,
+)
+from .oracle import Geometry, num_compressed, select
+
+GEOMETRIES = {
+    "default of these tests": config_of(),
+    "one token everywhere": config_of(compress_block=1, compress_stride=1, select_block=1, num_selected=3, num_local=1, window=1),
+    "l = d = l'": config_of(compress_block=5, compress_stride=5, select_block=5, window=4),
+    "overlap of three, no power of two": config_of(compress_block=9, compress_stride=3, select_block=15, num_selected=3, window=11),
+    "l = l' = 3d": config_of(compress_block=6, compress_stride=2, select_block=6),
+    "stride 1": config_of(compress_block=4, compress_stride=1, select_block=5, window=3),
+    "nothing forced": config_of(num_initial=0, num_local=0, num_selected=1),
+    "forced alone": config_of(num_initial=2, num_local=1, num_selected=3),
+    "no local": config_of(num_initial=1, num_local=0, num_selected=2),
+    "many initial": config_of(num_initial=3, num_local=3, num_selected=7, select_block=4),
+    "everything selected": config_of(num_selected=50),
+    "wide window": config_of(window=1000),
+}
+LENGTHS = {
+    "one document": [45],
+    "several": [17, 1, 30, 3],
+    "length one": [1],
+    "shorter than l": [3, 2],
+    "empty documents": [0, 12, 0, 0, 21, 0],
+    "exact multiples": [16, 32],
+}
+
+
+@st.composite
+def geometries(draw) -> NSAConfig:
+    stride = draw(st.integers(1, 5))
+    overlap = draw(st.integers(1, 4))
+    initial, local = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    return NSAConfig(
+        compress_block=stride * overlap,
+        compress_stride=stride,
+        select_block=stride * draw(st.integers(overlap, 6)),
+        num_selected=max(1, initial + local + draw(st.integers(0, 3))),
+        num_initial=initial,
+        num_local=local,
+        window=draw(st.integers(1, 40)),
+    )
+
+
+@st.composite
+def cases(draw, tails: bool = False) -> Case:
+    config = draw(geometries())
+    lengths = draw(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40)), min_size=1, max_size=4))
+    lengths_q = q_start = None
+    if tails:
+        lengths_q = [draw(st.integers(0, min(length, 12))) for length in lengths]
+        if draw(st.booleans()):
+            q_start = [draw(st.integers(0, length - length_q)) for length, length_q in zip(lengths, lengths_q, strict=True)]
+    return make_case(
+        lengths,
+        config,
+        lengths_q=lengths_q,
+        q_start=q_start,
+        hkv=draw(st.integers(1, 2)),
+        group=draw(st.sampled_from([1, 2, 3])),
+        dk=draw(st.integers(1, 5)),
+        dv=draw(st.integers(1, 5)),
+        padding=draw(st.integers(0, 2)),
+        unread=draw(st.integers(0, 2)),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- against the oracle
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("config", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_matches_oracle(config, lengths):
+    assert_matches_oracle(make_case(lengths, config))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("hkv", [1, 3])
+def test_group_sizes(group, hkv):
+    assert_matches_oracle(make_case([23, 9], hkv=hkv, group=group, dk=3, dv=2))
+
+
+@pytest.mark.parametrize(("dk", "dv"), [(1, 1), (6, 4), (4, 6), (24, 16)])
+def test_key_and_value_widths(dk, dv):
+    assert_matches_oracle(make_case([26], dk=dk, dv=dv))
+
+
+def test_paper_geometry():
+    """Three steps past the length where 16 blocks of 64 hold everything, so that something is left out."""
+    whole = make_case([1100], NSAConfig(), lengths_q=[6], hkv=1, group=2, dk=8, dv=4)
+    result = assert_matches_oracle(whole)
+    assert (result.blocks >= 0).all()
+    assert_matches_oracle(make_case([70, 40], NSAConfig(window=33), hkv=1, group=1))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases())
+def test_any_pack_and_geometry(case):
+    assert_matches_oracle(case)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases(tails=True))
+def test_any_tail(case):
+    assert_matches_oracle(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, deadline=None)
+@given(st.one_of(cases(), cases(tails=True)))
+def test_any_pack_geometry_and_tail_at_length(case):
+    assert_matches_oracle(case)
+
+
+def test_scale():
+    case = make_case([29])
+    assert_matches_oracle(case.using(scale=0.125))
+    assert_same_bits("scale Dk ** -0.5", run(case.using(scale=4**-0.5)).out, run(case).out)
+
+
+def test_thousands_of_tiny_documents():
+    lengths = [(7 * i * i + i) % 6 for i in range(2000)]
+    assert_matches_oracle(make_case(lengths, hkv=1, group=2, dk=2, dv=3, padding=48))
+
+
+@pytest.mark.parametrize("documents", [0, 1, 3])
+def test_empty_pack(documents):
+    case = make_case([0] * documents)
+    result = run(case)
+    assert result.out.shape == (0, 4, 6) and result.out.dtype == torch.float64
+    assert result.blocks.shape == (0, 2, case.config.num_selected) and result.blocks.dtype == torch.int32
+    assert all(g.shape == x.shape for g, x in zip(result.grads, case.inputs, strict=True))
+
+
+def test_empty_pack_has_compressed_rows_that_are_not_read():
+    result = run(make_case([0], unread=3))
+    assert result.out.shape == (0, 4, 6) and not result.grads.k_cmp.any()
+
+
+def test_without_cu_seqlens_there_is_one_document():
+    case = make_case([37])
+    assert_same_bits("out", run(case.using(cu_seqlens=None)).out, run(case).out)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)], ids=["fp32", "bf16", "bf16, gates fp32"])
+def test_error_within_twice_that_of_plain_pytorch(dtypes, seed):
+    case = make_case([100, 7, 61], config_of(window=20), group=4, dk=16, dv=8, seed=seed).to(*dtypes)
+    result = run(case)
+    assert result.out.dtype == dtypes[0]
+    assert result.grads.gates.dtype == (dtypes[1] or dtypes[0])
+    answer, _ = run_oracle(case.to(torch.float64))
+    assert_blocks_follow_importance(case, result.blocks, answer, 1e-5 if dtypes[0] == torch.float32 else 2e-2)
+    assert_error_within_twice_plain(case)
+
+
+# ------------------------------------------------------------------------------------------------------- selection
+
+
+def test_ties_go_to_the_lower_index():
+    """A query of zeros spreads its probability evenly over 32 compressed tokens: inner blocks tie exactly."""
+    case = make_case([66], hkv=1, group=1, lengths_q=[1])
+    assert num_compressed(66, Geometry.of(case.config)) == 32
+    case = case.changed(q=torch.zeros_like(case.inputs.q))
+    assert run(case).blocks.flatten().tolist() == [0, 1, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_exact_importances_with_many_ties(dtype):
+    """Keys that are either seen evenly or not at all (exp underflows to 0): importances are counts, and ties the rule."""
+    config = config_of(compress_block=2, compress_stride=2, select_block=4, num_selected=5)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        case = make_case([64], config, hkv=1, group=1, dk=1, lengths_q=[1]).using(scale=1.0).to(dtype)
+        seen = torch.zeros(32).index_fill(0, torch.randperm(32, generator=generator)[:8], 1.0)
+        case = case.changed(q=torch.ones_like(case.inputs.q), k_cmp=((seen - 1) * 4096).reshape(32, 1, 1).to(dtype))
+        importance = [(seen[2 * j] + seen[2 * j + 1]).item() / 8 for j in range(16)]
+        assert run(case).blocks.flatten().tolist() == select(importance, 63, Geometry.of(config))
+
+
+def test_blocks_are_chosen_for_the_whole_group():
+    """Importance is summed over the heads: each has its favourite, but the block that is second for both comes first."""
+    config = config_of(compress_block=2, compress_stride=2, select_block=2, num_initial=0, num_local=0, num_selected=2, window=1)
+    case = make_case([8], config, hkv=1, group=2, dk=2, lengths_q=[1]).using(scale=1.0)
+    q = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    keys = torch.tensor([[8.1, 0.0], [0.0, 8.0], [7.9, 7.9], [0.0, 0.0]], dtype=torch.float64)
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        expected = sorted((order.index(0), order.index(2)))
+        changed = case.changed(q=q, k_cmp=keys[order][:, None])
+        assert run(changed).blocks.tolist() == run_oracle(changed)[0].blocks == [[expected]]
+
+
+def test_blocks_go_back_in():
+    case = make_case([50, 3, 27], group=3)
+    first = run(case)
+    again = run(case.using(blocks=first.blocks))
+    assert_same_bits("blocks", again.blocks, first.blocks)
+    assert_same_bits("out", again.out, first.out)
+    for name, a, b in zip(NAMES, again.grads, first.grads, strict=True):
+        assert_same_bits(name, a, b)
+
+
+def test_given_blocks_are_attended_and_nothing_else():
+    """Any blocks of the document, in any order, forced ones left out; none at all gives 0 from this branch, not NaN."""
+    lengths = [50, 3, 27]
+    case = make_case(lengths, group=3)
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in lengths:
+        count = -(-length // case.config.select_block)
+        for _ in range(2 * length):
+            some = torch.randperm(count, generator=generator)[: int(torch.randint(0, 5, (1,), generator=generator))].tolist()
+            rows.append((some + [-1] * 4)[:4])
+    given = int32(rows).reshape(-1, 2, 4)
+    assert_matches_oracle(case.using(blocks=given))
+
+
+def test_no_blocks_at_all():
+    case = make_case([20])
+    result = assert_matches_oracle(case.using(blocks=torch.full((20, 2, 4), -1, dtype=torch.int32)))
+    assert not result.grads.k_slc.any() and not result.grads.v_slc.any() and not result.grads.gates[..., 1].any()
+
+
+def test_selection_carries_no_gradient():
+    """With the compressed branch gated off, nothing reaches the compressed keys, though they choose the blocks."""
+    case = make_case([40])
+    grads = run(case.changed(gates=case.inputs.gates * torch.tensor([0.0, 1.0, 1.0]))).grads
+    assert not grads.k_cmp.any() and not grads.v_cmp.any()
+
+
+# ------------------------------------------------------------------------------------------------ degenerate exactness
+
+
+def dense_causal(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    ends = case.keywords["cu_seqlens"].tolist()
+    outs = [
+        torch.nn.functional.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        for a, b in pairwise(ends)
+        if b > a
+    ]
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("branch", ["slc", "win"])
+@pytest.mark.parametrize("length", [1, 7, 8, 31, 32])
+def test_branch_that_holds_everything_is_dense_causal(branch, length):
+    config = config_of(num_selected=4) if branch == "slc" else config_of(window=32)
+    case = make_case([length, 5], config, group=2)
+    only = torch.tensor([0.0, float(branch == "slc"), float(branch == "win")], dtype=torch.float64)
+    case = case.changed(gates=only.expand_as(case.inputs.gates))
+    result = run(case)
+    q, k, v = (getattr(case.inputs, name).clone().requires_grad_() for name in ("q", f"k_{branch}", f"v_{branch}"))
+    out = dense_causal(case, q, k, v)
+    grads = torch.autograd.grad(out, (q, k, v), case.grad_out)
+    assert_close("out", result.out, out.detach(), 1e-13)
+    for name, expected in zip(("q", f"k_{branch}", f"v_{branch}"), grads, strict=True):
+        assert_close(name, getattr(result.grads, name), expected, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_first_queries_get_exactly_zero_from_the_compressed_branch(dtype):
+    config = config_of(compress_block=6, compress_stride=3, select_block=6)
+    case = make_case([20, 4, 11], config, dtype=dtype)
+    case = case.changed(gates=torch.tensor([1.0, 0.0, 0.0], dtype=dtype).expand_as(case.inputs.gates).contiguous())
+    result = run(case)
+    blind = torch.cat([torch.arange(length) < 5 for length in (20, 4, 11)])
+    assert not result.out[blind].any() and result.out[~blind].any()
+    assert not result.grads.q[blind].any() and not result.grads.gates[blind, :, 0].any()
+    for tensor in (result.out, *result.grads):
+        assert tensor.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------- documents, the future, the tail
+
+
+def alone(case: Case, lengths: list[int], document: int) -> tuple[Case, slice, slice]:
+    """The document by itself, its rows in the pack, and its compressed rows."""
+    start = sum(lengths[:document])
+    rows = slice(start, start + lengths[document])
+    counts = [num_compressed(length, Geometry.of(case.config)) for length in lengths]
+    compressed = slice(sum(counts[:document]), sum(counts[: document + 1]))
+    parts = {name: getattr(case.inputs, name)[compressed if name in ("k_cmp", "v_cmp") else rows] for name in NAMES}
+    single = Case(case.inputs._replace(**parts), case.grad_out[rows], case.config, {"cu_seqlens": bounds([lengths[document]])})
+    return single, rows, compressed
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[45, 1, 0, 30, 3, 17], [3, 64, 64], [130, 5]], ids=str)
+def test_packed_is_alone_bit_for_bit(lengths, dtype):
+    case = make_case(lengths, dtype=dtype, group=4, dk=8, dv=8, padding=2, unread=1)
+    packed = run(case)
+    for document in range(len(lengths)):
+        single, rows, compressed = alone(case, lengths, document)
+        result = run(single)
+        assert_same_bits(f"out of document {document}", packed.out[rows], result.out)
+        assert_same_bits(f"blocks of document {document}", packed.blocks[rows], result.blocks)
+        for name, whole, part in zip(NAMES, packed.grads, result.grads, strict=True):
+            assert_same_bits(f"gradient of {name} in document {document}", whole[compressed if name in ("k_cmp", "v_cmp") else rows], part)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(cases())
+def test_any_packed_is_alone_bit_for_bit(case):
+    lengths = case.keywords["cu_seqlens"].diff().tolist()
+    packed = run(case)
+    for document in range(len(lengths)):
+        single, rows, compressed = alone(case, lengths, document)
+        result = run(single)
+        assert_same_bits(f"out of document {document}", packed.out[rows], result.out)
+        for name, whole, part in zip(NAMES, packed.grads, result.grads, strict=True):
+            assert_same_bits(f"gradient of {name} in document {document}", whole[compressed if name in ("k_cmp", "v_cmp") else rows], part)
+
+
+def test_document_of_nan_stays_among_itself():
+    lengths = [21, 18, 30]
+    case = make_case(lengths)
+    clean = run(case)
+    _, rows, compressed = alone(case, lengths, 1)
+    bad = {}
+    for name in NAMES:
+        bad[name] = getattr(case.inputs, name).clone()
+        bad[name][compressed if name in ("k_cmp", "v_cmp") else rows] = float("nan")
+    dirty = run(case.changed(**bad))
+    for document in (0, 2):
+        _, rows, compressed = alone(case, lengths, document)
+        assert_same_bits(f"out of document {document}", dirty.out[rows], clean.out[rows])
+        for name, a, b in zip(NAMES, dirty.grads, clean.grads, strict=True):
+            part = compressed if name in ("k_cmp", "v_cmp") else rows
+            assert_same_bits(f"gradient of {name} in document {document}", a[part], b[part])
+
+
+@pytest.mark.parametrize("change", ["noise", "huge", "nan"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [1, 3, 4, 16, 31, 44])
+def test_future_changes_nothing_before_it(first, dtype, change):
+    """Tokens from `first` on replaced, compressed tokens that hold any of them too: rows before keep every bit, and so do gradients of a loss there."""
+    lengths = [5, 45]
+    case = make_case(lengths, dtype=dtype)
+    early = torch.arange(50) < 5 + first
+    case = Case(case.inputs, case.grad_out * early[:, None, None], case.config, case.keywords)
+    before = run(case)
+    geo = Geometry.of(case.config)
+    offset = num_compressed(5, geo)
+    old = torch.tensor([True] * offset + [i * geo.d + geo.l <= first for i in range(num_compressed(45, geo))])
+    generator = torch.Generator().manual_seed(9)
+
+    changed = {}
+    for name in NAMES:
+        x = getattr(case.inputs, name)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        factor = {"noise": 1.0, "huge": 1e6, "nan": float("nan")}[change]
+        keep = (old if name in ("k_cmp", "v_cmp") else early).reshape(-1, 1, 1)
+        changed[name] = torch.where(keep, x, (noise * factor).to(dtype))
+    after = run(case.changed(**changed))
+    assert_same_bits("out", after.out[early], before.out[early])
+    assert_same_bits("blocks", after.blocks[early], before.blocks[early])
+    for name, a, b in zip(NAMES, after.grads, before.grads, strict=True):
+        keep = old if name in ("k_cmp", "v_cmp") else early
+        assert_same_bits(f"gradient of {name}", a[keep], b[keep])
+        assert not b[~keep].any(), f"gradient of {name} reaches the future"
+
+
+@pytest.mark.parametrize("starts", ["ends", "given", "middle"])
+def test_tail_gives_the_rows_of_the_whole(starts):
+    lengths = [41, 1, 30, 0, 6]
+    case = make_case(lengths, group=3, unread=2)
+    whole = run(case)
+    first = [20, 0, 29, 0, 6]
+    last = lengths if starts != "middle" else [33, 1, 30, 0, 6]
+    offsets = [0, 41, 42, 72, 72]
+    rows = torch.cat([torch.arange(o + a, o + b) for o, a, b in zip(offsets, first, last, strict=True)])
+    tail = case.changed(q=case.inputs.q[rows], gates=case.inputs.gates[rows])
+    lengths_q = [b - a for a, b in zip(first, last, strict=True)]
+    tail = tail.using(cu_seqlens=bounds(lengths_q), cu_seqlens_k=bounds(lengths))
+    if starts != "ends":
+        tail = tail.using(q_start=int32(first))
+    tail = Case(tail.inputs, case.grad_out[rows], case.config, tail.keywords)
+    result = assert_matches_oracle(tail)
+    assert_close("out", result.out, whole.out[rows], 1e-13)
+    assert_same_bits("blocks", result.blocks, whole.blocks[rows])
+    assert_close("gradient of q", result.grads.q, whole.grads.q[rows], 1e-13)
+
+
+def test_gradients_of_two_halves_add_up():
+    case = make_case([38])
+    whole = run(case)
+    total = [torch.zeros_like(x) for x in case.inputs]
+    for a, b in ((0, 17), (17, 38)):
+        half = case.changed(q=case.inputs.q[a:b], gates=case.inputs.gates[a:b]).using(cu_seqlens=bounds([b - a]), cu_seqlens_k=bounds([38]), q_start=int32([a]))
+        grads = run(Case(half.inputs, case.grad_out[a:b], case.config, half.keywords)).grads
+        for name, sum_, grad in zip(NAMES, total, grads, strict=True):
+            (sum_[a:b] if name in ("q", "gates") else sum_).add_(grad)
+    for name, sum_, grad in zip(NAMES, total, whole.grads, strict=True):
+        assert_close(name, sum_, grad, 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ how tensors come in
+
+
+def test_rows_past_the_last_compressed_token_are_never_read():
+    lengths = [21, 3, 18]
+    case = make_case(lengths)
+    clean = run(case)
+    rows = len(case.inputs.k_cmp)
+    bound = sum(lengths) // case.config.compress_stride
+    assert bound > rows
+    poison = {name: torch.cat([x, x.new_full((bound - rows, *x.shape[1:]), float("nan"))]) for name, x in zip(NAMES[1:3], case.inputs[1:3], strict=True)}
+    result = run(case.changed(**poison))
+    assert_same_bits("out", result.out, clean.out)
+    assert_same_bits("blocks", result.blocks, clean.blocks)
+    for name, a, b in zip(NAMES, result.grads, clean.grads, strict=True):
+        assert_same_bits(f"gradient of {name}", a[: len(b)], b)
+        assert not a[len(b) :].any(), f"gradient of {name} past N"
+
+
+def test_same_bits_twice_and_without_autograd():
+    case = make_case([60, 13], dtype=torch.float32)
+    first, second = run(case), run(case)
+    with torch.no_grad():
+        out = nsa_attention(*case.inputs, case.config, **case.keywords)
+    assert isinstance(out, torch.Tensor) and not out.requires_grad
+    assert_same_bits("out", second.out, first.out)
+    assert_same_bits("out without autograd", out, first.out)
+    for name, a, b in zip(NAMES, second.grads, first.grads, strict=True):
+        assert_same_bits(name, a, b)
+
+
+def test_strided_inputs_and_gradient_that_is_expanded():
+    case = make_case([33, 8])
+    strided = case.inputs._replace(**{n: x.transpose(0, 1).contiguous().transpose(0, 1) for n, x in zip(NAMES, case.inputs, strict=True)})
+    assert not strided.q.is_contiguous()
+    ones = Case(case.inputs, torch.ones_like(case.grad_out), case.config, case.keywords)
+    expected = run(ones)
+    leaves = [x.detach().requires_grad_() for x in strided]
+    out = nsa_attention(*leaves, case.config, **case.keywords)
+    out.sum().backward()
+    assert_close("out", out.detach(), expected.out, 1e-13)
+    for name, leaf, grad in zip(NAMES, leaves, expected.grads, strict=True):
+        assert_close(name, leaf.grad, grad, 1e-12)
+
+
+def test_inputs_are_left_as_they_were():
+    case = make_case([33, 8])
+    kept = [x.clone() for x in case.inputs]
+    run(case)
+    for name, x, y in zip(NAMES, case.inputs, kept, strict=True):
+        assert_same_bits(name, x, y)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_of_one_input_alone(name):
+    case = make_case([33, 8])
+    expected = getattr(run(case).grads, name)
+    leaf = getattr(case.inputs, name).clone().requires_grad_()
+    out = nsa_attention(*case.inputs._replace(**{name: leaf}), case.config, **case.keywords)
+    (grad,) = torch.autograd.grad(out, leaf, case.grad_out)
+    assert_close(name, grad, expected, 1e-12)
+
+
+def test_shared_keys_and_values_get_the_sum_of_their_gradients():
+    config = config_of(compress_block=1, compress_stride=1)
+    case = make_case([30], config)
+    k, v = case.inputs.k_slc, case.inputs.v_slc
+    grads = run(case.changed(k_cmp=k, v_cmp=v, k_win=k, v_win=v)).grads
+    k, v = k.clone().requires_grad_(), v.clone().requires_grad_()
+    out = nsa_attention(case.inputs.q, k, v, k, v, k, v, case.inputs.gates, config, **case.keywords)
+    for shared, parts in zip(torch.autograd.grad(out, (k, v), case.grad_out), (grads[1::2][:3], grads[2::2][:3]), strict=True):
+        assert_close("shared", shared, sum(parts), 1e-12)
+
+
+def test_bf16_under_autocast_is_no_worse():
+    """A caller's autocast must not lower the float32 of softmax and sums."""
+    case = make_case([64, 30], group=4, dk=16, dv=8, dtype=torch.bfloat16)
+    plain = run(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits("out", run(case).out, plain.out)
