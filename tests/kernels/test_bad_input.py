@@ -82,8 +82,8 @@ def test_fewer_query_heads_than_key_heads():
 
 
 @pytest.mark.parametrize("name", ["k_cmp", "v_cmp"])
-def test_too_few_compressed_rows(name):
-    assert_refused(case().changed(**{name: getattr(case().inputs, name)[:-1]}), name)
+def test_compressed_rows_that_disagree(name):
+    assert_refused(case().changed(**{name: getattr(case().inputs, name)[:-1]}), "k_cmp", "v_cmp")
 
 
 def test_both_compressed_too_short():
@@ -127,7 +127,7 @@ def test_not_a_tensor(name, value):
 
 @pytest.mark.parametrize(
     "values",
-    [[1, 20, 33], [0, 20, 10, 33], [0, 20, 32], [0, 20, 34], [0, 40, 33], [0], [], [-1, 33], [0, -5, 33]],
+    [[1, 20, 33], [0, 20, 10, 33], [0, 20, 32], [0, 20, 34], [0, 40, 33], [0], [], [-1, 33], [0, -5, 33], [0, 2**31 - 1, -2, 33]],
     ids=str,
 )
 def test_boundaries_that_cannot_be(values):
@@ -163,26 +163,38 @@ def test_more_queries_than_keys_in_a_document():
 def test_first_position_of_queries():
     tail = make_case(LENGTHS, lengths_q=[4, 0, 13])
     assert run(tail.using(q_start=int32([3, 0, 0]))).out.isfinite().all()
-    for bad in (int32([16, 0]), int32([[16, 0, 0]]), torch.tensor([16, 0, 0]), torch.tensor([16.0, 0.0, 0.0]), int32([-1, 0, 0])):
+    for bad in (
+        int32([16, 0]),
+        int32([[16, 0, 0]]),
+        torch.tensor([16, 0, 0]),
+        torch.tensor([16.0, 0.0, 0.0]),
+        int32([-1, 0, 0]),
+        int32([17, 0, 0]),
+        int32([2**31 - 1, 0, 0]),
+    ):
         assert_refused(tail.using(q_start=bad), "q_start")
 
 
 # -------------------------------------------------------------------------------------------------------------- blocks
 
 
+def first_block_of_each() -> torch.Tensor:
+    return torch.tensor([0, -1, -1, -1], dtype=torch.int32).repeat(33, 2, 1)
+
+
 @pytest.mark.parametrize("value", [-2, 3, 1000, 2**31 - 1, -(2**31)])
 def test_block_that_is_not_in_the_document(value):
     """The first document has blocks 0 to 2, the last 0 and 1."""
-    blocks = torch.zeros(33, 2, 4, dtype=torch.int32)
-    blocks[..., 1:] = -1
-    assert_refused(case().using(blocks=blocks.index_put((torch.tensor(5), torch.tensor(1), torch.tensor(1)), int32([value]))), "blocks")
+    blocks = first_block_of_each()
+    blocks[5, 1, 1] = value
+    assert_refused(case().using(blocks=blocks), "blocks")
 
 
 def test_block_of_another_document():
-    blocks = torch.zeros(33, 2, 4, dtype=torch.int32)
-    blocks[5, 0, 0] = 2
-    assert nsa_attention(*case().inputs, case().config, **case().keywords, blocks=blocks).isfinite().all()
-    blocks[25, 0, 0] = 2
+    blocks = first_block_of_each()
+    blocks[5, 0, 1] = 2
+    assert run(case().using(blocks=blocks)).out.isfinite().all()
+    blocks[25, 0, 1] = 2
     assert_refused(case().using(blocks=blocks), "blocks")
 
 

@@ -121,6 +121,18 @@ def test_paper_geometry():
     assert_matches_oracle(make_case([70, 40], NSAConfig(window=33), hkv=1, group=1))
 
 
+def test_long_documents():
+    """Past the lengths where an implementation changes from one path to another: many chunks of queries, few of the keys selected."""
+    config = config_of(num_selected=3)
+    assert_matches_oracle(make_case([330, 140], config, hkv=1, group=2, dk=2, dv=3))
+    assert_matches_oracle(make_case([900, 5, 1300], config, lengths_q=[6, 2, 270], q_start=[880, 0, 250], hkv=1, group=1, dk=3, dv=2))
+
+
+@pytest.mark.slow
+def test_paper_geometry_far_out():
+    assert_matches_oracle(make_case([5000, 4200], NSAConfig(), lengths_q=[9, 3], q_start=[4500, 4197], hkv=2, group=2, dk=16, dv=8))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(cases())
 def test_any_pack_and_geometry(case):
@@ -170,10 +182,10 @@ def test_without_cu_seqlens_there_is_one_document():
     assert_same_bits("out", run(case.using(cu_seqlens=None)).out, run(case).out)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 @pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)], ids=["fp32", "bf16", "bf16, gates fp32"])
 def test_error_within_twice_that_of_plain_pytorch(dtypes, seed):
-    case = make_case([100, 7, 61], config_of(window=20), group=4, dk=16, dv=8, seed=seed).to(*dtypes)
+    case = make_case([90, 7, 41], config_of(window=20), group=2, dk=16, dv=8, seed=seed).to(*dtypes)
     result = run(case)
     assert result.out.dtype == dtypes[0]
     assert result.grads.gates.dtype == (dtypes[1] or dtypes[0])
@@ -312,10 +324,8 @@ def alone(case: Case, lengths: list[int], document: int) -> tuple[Case, slice, s
     return single, rows, compressed
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lengths", [[45, 1, 0, 30, 3, 17], [3, 64, 64], [130, 5]], ids=str)
-def test_packed_is_alone_bit_for_bit(lengths, dtype):
-    case = make_case(lengths, dtype=dtype, group=4, dk=8, dv=8, padding=2, unread=1)
+def assert_packed_is_alone(case: Case) -> None:
+    lengths = case.keywords["cu_seqlens"].diff().tolist()
     packed = run(case)
     for document in range(len(lengths)):
         single, rows, compressed = alone(case, lengths, document)
@@ -326,17 +336,32 @@ def test_packed_is_alone_bit_for_bit(lengths, dtype):
             assert_same_bits(f"gradient of {name} in document {document}", whole[compressed if name in ("k_cmp", "v_cmp") else rows], part)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(cases())
-def test_any_packed_is_alone_bit_for_bit(case):
-    lengths = case.keywords["cu_seqlens"].diff().tolist()
-    packed = run(case)
-    for document in range(len(lengths)):
-        single, rows, compressed = alone(case, lengths, document)
-        result = run(single)
-        assert_same_bits(f"out of document {document}", packed.out[rows], result.out)
-        for name, whole, part in zip(NAMES, packed.grads, result.grads, strict=True):
-            assert_same_bits(f"gradient of {name} in document {document}", whole[compressed if name in ("k_cmp", "v_cmp") else rows], part)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[45, 1, 0, 30, 3, 17], [3, 64, 64], [1, 600, 5, 300]], ids=str)
+def test_packed_is_alone_bit_for_bit(lengths, dtype):
+    assert_packed_is_alone(make_case(lengths, dtype=dtype, group=4, dk=8, dv=8, padding=2, unread=1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 3, 5), (3, 1, 4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_packed_is_alone_wherever_the_document_lies_in_memory(offset, dtype, shape):
+    """Matrix products may round differently on data that is aligned differently."""
+    hkv, group, dk, dv = shape
+    assert_packed_is_alone(make_case([offset, 21, 40], dtype=dtype, hkv=hkv, group=group, dk=dk, dv=dv))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([torch.float64, torch.float32]))
+def test_any_packed_is_alone_bit_for_bit(case, dtype):
+    assert_packed_is_alone(case.to(dtype))
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, deadline=None)
+@given(cases(), st.sampled_from([torch.float64, torch.float32]))
+def test_any_packed_is_alone_bit_for_bit_at_length(case, dtype):
+    assert_packed_is_alone(case.to(dtype))
 
 
 def test_document_of_nan_stays_among_itself():
@@ -357,7 +382,7 @@ def test_document_of_nan_stays_among_itself():
             assert_same_bits(f"gradient of {name} in document {document}", a[part], b[part])
 
 
-@pytest.mark.parametrize("change", ["noise", "huge", "nan"])
+@pytest.mark.parametrize("change", ["noise", "huge"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first", [1, 3, 4, 16, 31, 44])
 def test_future_changes_nothing_before_it(first, dtype, change):
@@ -376,7 +401,7 @@ def test_future_changes_nothing_before_it(first, dtype, change):
     for name in NAMES:
         x = getattr(case.inputs, name)
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        factor = {"noise": 1.0, "huge": 1e6, "nan": float("nan")}[change]
+        factor = {"noise": 1.0, "huge": 1e6}[change]
         keep = (old if name in ("k_cmp", "v_cmp") else early).reshape(-1, 1, 1)
         changed[name] = torch.where(keep, x, (noise * factor).to(dtype))
     after = run(case.changed(**changed))

@@ -86,6 +86,14 @@ def test_memory_is_linear(documents):
     assert whole_kept <= 2.1 * half_kept, f"{half_kept / 2**20:.1f} MiB kept for backward at T = 4096, {whole_kept / 2**20:.1f} MiB at 8192"
 
 
+def test_no_large_tensor_with_many_key_heads():
+    """The paper's geometry without grouping: what a chunk of queries gathers must count the heads and their width."""
+    case = make_case([8192], NSAConfig(), lengths_q=[256], hkv=8, group=1, dk=64, dv=64, dtype=torch.float32)
+    with Ledger() as ledger, torch.no_grad():
+        nsa_attention(*case.inputs, case.config, **case.keywords, backend="reference")
+    assert ledger.largest < 8192 * 8192 // 2, f"a tensor of {ledger.largest} elements at T = 8192"
+
+
 @pytest.mark.slow
 def test_memory_is_linear_far_out():
     (half, _), (whole, _) = measure(16384), measure(32768)
