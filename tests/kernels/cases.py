@@ -14,7 +14,7 @@ from nsa_transformer.kernels import nsa_attention
 from .oracle import Answer, Geometry, Inputs, forced_blocks, num_compressed, oracle_attention
 
 NAMES = Inputs._fields
-DEFAULT = dict(compress_block=4, compress_stride=2, select_block=8, num_selected=4, num_initial=1, num_local=2, window=7)
+DEFAULT = {"compress_block": 4, "compress_stride": 2, "select_block": 8, "num_selected": 4, "num_initial": 1, "num_local": 2, "window": 7}
 
 
 def config_of(**changes: Any) -> NSAConfig:

@@ -182,15 +182,19 @@ def test_without_cu_seqlens_there_is_one_document():
     assert_same_bits("out", run(case.using(cu_seqlens=None)).out, run(case).out)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
-@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)], ids=["fp32", "bf16", "bf16, gates fp32"])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+    ids=["fp32", "bf16", "bf16, gates fp32", "fp16, gates fp32"],
+)
 def test_error_within_twice_that_of_plain_pytorch(dtypes, seed):
     case = make_case([90, 7, 41], config_of(window=20), group=2, dk=16, dv=8, seed=seed).to(*dtypes)
     result = run(case)
     assert result.out.dtype == dtypes[0]
     assert result.grads.gates.dtype == (dtypes[1] or dtypes[0])
     answer, _ = run_oracle(case.to(torch.float64))
-    assert_blocks_follow_importance(case, result.blocks, answer, 1e-5 if dtypes[0] == torch.float32 else 2e-2)
+    assert_blocks_follow_importance(case, result.blocks, answer, 1e-5)  # p_cmp is float32 whatever the dtype
     assert_error_within_twice_plain(case)
 
 
