@@ -87,7 +87,9 @@ class _Piece:
         return (self.queries, self.compressed, self.compressed, self.prefix, self.prefix, self.window, self.window, self.queries)
 
     def take(self, q: Tensor, keys_values: tuple[Tensor, ...], gates: Tensor) -> list[Tensor]:
-        return [x[rows].to(_accumulator(x), copy=True, memory_format=torch.contiguous_format) for x, rows in zip((q, *keys_values, gates), self.rows, strict=True)]
+        return [
+            x[rows].to(_accumulator(x), copy=True, memory_format=torch.contiguous_format) for x, rows in zip((q, *keys_values, gates), self.rows, strict=True)
+        ]
 
 
 def _pieces(config: NSAConfig, cu_q: list[int], cu_k: list[int], q_start: list[int], num_heads: int, gathered: int) -> Iterator[_Piece]:
