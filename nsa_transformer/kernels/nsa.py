@@ -63,6 +63,8 @@ def nsa_attention(
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r} is not available here; write one of auto, {', '.join(available_backends())}")
+    if not isinstance(config, NSAConfig):
+        raise ValueError(f"config is {type(config).__name__}; give an NSAConfig")
     keys_values = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
     _check_tensors(q, keys_values, gates, blocks, scale)
     queries, keys = q.shape[0], k_slc.shape[0]
@@ -245,10 +247,10 @@ def _check_values(
     config: NSAConfig,
 ) -> None:
     for name, cu, total in (("cu_seqlens", cu_seqlens, queries), ("cu_seqlens_k", cu_seqlens_k, keys)):
-        if int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu.diff() < 0).any()):
+        if int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any()):
             raise ValueError(f"{name} starts at {int(cu[0])} and ends at {int(cu[-1])}; it must rise from 0 to {total} without decreasing")
     lengths, lengths_k = cu_seqlens.diff(), cu_seqlens_k.diff()
-    if bool((q_start < 0).any()) or bool(((q_start + lengths > lengths_k) & (lengths > 0)).any()):
+    if bool((q_start < 0).any()) or bool(((q_start > lengths_k - lengths) & (lengths > 0)).any()):
         raise ValueError("q_start puts queries outside their document's keys; 0 <= q_start and q_start + queries <= keys must hold in each document")
     needed = int(((lengths_k - config.compress_block).div(config.compress_stride, rounding_mode="floor") + 1).clamp(min=0).sum())
     if compressed < needed:

@@ -19,7 +19,7 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 
 CHUNK = 256  # queries at once, fewer where their scores would pass SCORE_BUDGET
-SCORE_BUDGET = 1 << 25  # elements of one score tensor [H, T, G, S]
+SCORE_BUDGET = 1 << 24  # elements of one tensor: scores [H, T, G, S], gathered keys [H, T, S, D]
 GATHER_RATIO = 4  # selected keys are gathered once the prefix is this many times longer than they are, and masked before that
 
 
@@ -41,7 +41,7 @@ def attention_forward(
     out = q.new_empty(q.shape[0], q.shape[1], keys_values[1].shape[-1])
     width = config.num_selected if blocks is None else blocks.shape[-1]
     used = torch.full((q.shape[0], keys_values[2].shape[1], width), -1, dtype=torch.int32, device=q.device)
-    for piece in _pieces(config, cu_q, cu_k, q_start, q.shape[1]):
+    for piece in _pieces(config, cu_q, cu_k, q_start, q.shape[1], _gathered(config, keys_values)):
         inputs = piece.take(q, keys_values, gates)
         given = None if blocks is None else blocks[piece.queries]
         out[piece.queries], used[piece.queries] = _attend_chunk(*inputs, piece.position, config, scale, given)
@@ -63,9 +63,9 @@ def attention_backward(
     """Gradients of q, the six key and value tensors and the gates, in that order; `blocks` as the forward returned them."""
     inputs = (q, *keys_values, gates)
     grads = [torch.zeros_like(x, dtype=_accumulator(x)) for x in inputs]
-    for piece in _pieces(config, cu_q, cu_k, q_start, q.shape[1]):
+    for piece in _pieces(config, cu_q, cu_k, q_start, q.shape[1], _gathered(config, keys_values)):
         chunk = piece.take(q, keys_values, gates)
-        grad = grad_out[piece.queries].to(_accumulator(q))
+        grad = grad_out[piece.queries].to(_accumulator(q), copy=True, memory_format=torch.contiguous_format)
         found = _attend_chunk_backward(grad, *chunk, piece.position, config, scale, blocks[piece.queries])
         for target, rows, part in zip(grads, piece.rows, found, strict=True):
             target[rows] += part
@@ -87,17 +87,22 @@ class _Piece:
         return (self.queries, self.compressed, self.compressed, self.prefix, self.prefix, self.window, self.window, self.queries)
 
     def take(self, q: Tensor, keys_values: tuple[Tensor, ...], gates: Tensor) -> list[Tensor]:
-        return [x[rows].to(_accumulator(x)) for x, rows in zip((q, *keys_values, gates), self.rows, strict=True)]
+        return [
+            x[rows].to(_accumulator(x), copy=True, memory_format=torch.contiguous_format) for x, rows in zip((q, *keys_values, gates), self.rows, strict=True)
+        ]
 
 
-def _pieces(config: NSAConfig, cu_q: list[int], cu_k: list[int], q_start: list[int], num_heads: int) -> Iterator[_Piece]:
+def _pieces(config: NSAConfig, cu_q: list[int], cu_k: list[int], q_start: list[int], num_heads: int, gathered: int) -> Iterator[_Piece]:
     block, stride, window = config.compress_block, config.compress_stride, config.window
     compressed = 0
     for document, position in enumerate(q_start):
         query, query_end = cu_q[document], cu_q[document + 1]
         key, key_end = cu_k[document], cu_k[document + 1]
         longest = max((key_end - key) // stride, min(key_end - key, GATHER_RATIO * config.num_selected * config.select_block), window)
-        size = max(16, min(CHUNK, SCORE_BUDGET // (num_heads * max(longest, 1))))
+        elements = num_heads * max(longest, 1)  # of the largest tensor, per query
+        if key_end - key > GATHER_RATIO * config.num_selected * config.select_block:
+            elements = max(elements, gathered)
+        size = max(16, min(CHUNK, SCORE_BUDGET // elements))
         for start in range(query, query_end, size):
             end = min(start + size, query_end)
             first, last = position + start - query, position + end - query - 1
@@ -109,6 +114,12 @@ def _pieces(config: NSAConfig, cu_q: list[int], cu_k: list[int], q_start: list[i
                 position=first,
             )
         compressed += max(0, (key_end - key - block) // stride + 1)
+
+
+def _gathered(config: NSAConfig, keys_values: tuple[Tensor, ...]) -> int:
+    """Elements of the selected keys, or values, that are gathered for one query."""
+    heads, widest = keys_values[2].shape[1], max(x.shape[2] for x in keys_values[2:4])
+    return config.num_selected * config.select_block * heads * widest
 
 
 def _attend_chunk(
@@ -235,7 +246,8 @@ def _attend(q: Tensor, branch: _Branch) -> tuple[Tensor, Tensor]:
 
 def _attend_backward(grad: Tensor, q: Tensor, branch: _Branch, out: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of scaled q [H, T, G, D], and of k and v [H, rows, D] before any gathering."""
-    grad_scores = p * (_rows_times(grad, branch.v.mT) - (grad * out).sum(-1, keepdim=True))
+    grad_p = _rows_times(grad, branch.v.mT)
+    grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
     grad_q = _rows_times(grad_scores, branch.k)
     if branch.rows is None:
         return grad_q, grad_scores.flatten(1, 2).mT @ q.flatten(1, 2), p.flatten(1, 2).mT @ grad.flatten(1, 2)

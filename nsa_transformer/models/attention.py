@@ -64,6 +64,8 @@ class NativeSparseAttention(nn.Module):
         config = NSAConfig() if config is None else config
         if min(hidden_size, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}, and every size must be at least 1")
+        if head_dim_v is not None and head_dim_v < 1:
+            raise ValueError(f"head_dim_v={head_dim_v} must be at least 1, or None for head_dim")
         if head_dim % 2:
             raise ValueError(f"head_dim={head_dim} must be even for the rotary embedding; write {head_dim + 1}")
         self.config = config
@@ -88,8 +90,8 @@ class NativeSparseAttention(nn.Module):
 
         `layout` saves building the positions again in each layer. With a `cache`, x continues one sequence and `layout` says where.
         """
-        if x.dim() != 2:
-            raise ValueError(f"x has shape {list(x.shape)}; give [T, hidden], packed tokens without a batch axis")
+        if x.dim() != 2 or x.shape[1] != self.q_proj.in_features:
+            raise ValueError(f"x has shape {list(x.shape)}; give [T, {self.q_proj.in_features}], packed tokens without a batch axis")
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
         q = layout.rotation(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
@@ -132,7 +134,8 @@ class GateMLP(nn.Module):
         self.down = nn.Linear(width, 3 * num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(x))).float().sigmoid().unflatten(-1, (self.num_heads, 3))
+        score = self.down(F.silu(self.up(x)))
+        return score.to(torch.promote_types(score.dtype, torch.float32)).sigmoid().unflatten(-1, (self.num_heads, 3))
 
 
 class DenseAttention(nn.Module):

@@ -22,7 +22,7 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x `[T, heads, D]` rotated, in x's dtype; the first half of D pairs with the second, as in Llama."""
-        first, second = x.float().chunk(2, dim=-1)
+        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
         cos, sin = self.cos[:, None], self.sin[:, None]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
