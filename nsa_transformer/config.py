@@ -196,6 +196,7 @@ class RecipeConfig:
     warmup_steps: int = doc("Becomes training.warmup_steps.", 100)
     eval_every: int = doc("Becomes training.eval_every.", 200)
     checkpoint_every: int = doc("Becomes training.checkpoint_every.", 200)
+    precision: Literal["bf16", "fp32"] = doc("Becomes training.precision.", "bf16")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
 
-CHUNK = 256  # queries at once, fewer where their scores would pass SCORE_BUDGET
+CHUNK = 128  # queries at once, fewer where their scores would pass SCORE_BUDGET
 SCORE_BUDGET = 1 << 24  # elements of one tensor: scores [H, T, G, S], gathered keys [H, T, S, D]
 GATHER_RATIO = 4  # selected keys are gathered once the prefix is this many times longer than they are, and masked before that
 
@@ -177,7 +177,7 @@ def _attend_chunk_backward(
     for number, branch in enumerate(branches):
         out, p = _attend(q, branch)
         grad_gates.append((grad * out).sum(-1))
-        grad_branch_q, grad_k, grad_v = _attend_backward(gates[..., number : number + 1] * grad, q, branch, out, p)
+        grad_branch_q, grad_k, grad_v = _attend_backward(gates[..., number : number + 1] * grad, q, branch, p)
         grad_q += grad_branch_q
         grad_keys_values += [grad_k.transpose(0, 1), grad_v.transpose(0, 1)]
 
@@ -193,11 +193,12 @@ def _attend_chunk_backward(
 @dataclass(frozen=True)
 class _Branch:
     """What one branch lets a chunk attend: k, v [H, S, D] shared by its queries, or [H, T, S, D] gathered for each of them
-    from `rows` [H, T, S] of `num_rows`; visible [H or 1, T, S]."""
+    from `rows` [H, T, S] of `num_rows`; visible [H or 1, T, S]; seeing [H or 1, T], queries that see any key, None: all do."""
 
     k: Tensor
     v: Tensor
     visible: Tensor
+    seeing: Tensor | None = None
     rows: Tensor | None = None
     num_rows: int = 0
 
@@ -205,7 +206,7 @@ class _Branch:
 def _compressed(k: Tensor, v: Tensor, t: Tensor, config: NSAConfig) -> _Branch:
     """A compressed key is visible once all of its tokens are."""
     ends = torch.arange(k.shape[0], device=t.device) * config.compress_stride + config.compress_block
-    return _Branch(k.transpose(0, 1), v.transpose(0, 1), (ends <= t[:, None] + 1)[None])
+    return _Branch(k.transpose(0, 1), v.transpose(0, 1), (ends <= t[:, None] + 1)[None], (t + 1 >= config.compress_block)[None])
 
 
 def _window(k: Tensor, v: Tensor, t: Tensor, config: NSAConfig) -> _Branch:
@@ -219,35 +220,36 @@ def _selected(k: Tensor, v: Tensor, t: Tensor, config: NSAConfig, blocks: Tensor
     size, num_keys = config.select_block, k.shape[0]
     blocks = blocks.transpose(0, 1).long()
     k, v = k.transpose(0, 1), v.transpose(0, 1)
+    seeing = ((blocks >= 0) & (blocks * size <= t[:, None])).any(-1)
     if num_keys > GATHER_RATIO * blocks.shape[-1] * size:
         key = blocks[..., None] * size + torch.arange(size, device=t.device)
         visible = ((blocks[..., None] >= 0) & (key <= t[:, None, None])).flatten(2)
         rows = key.flatten(2).clamp(0, num_keys - 1)
         head = torch.arange(k.shape[0], device=t.device)[:, None, None]
-        return _Branch(k[head, rows], v[head, rows], visible, rows, num_keys)
+        return _Branch(k[head, rows], v[head, rows], visible, seeing, rows, num_keys)
     num_blocks = -(-num_keys // size)
     # Padding and blocks that lie wholly in the future share one column past the end.
     column = torch.where((blocks < 0) | (blocks >= num_blocks), num_blocks, blocks)
     member = torch.zeros(*blocks.shape[:2], num_blocks + 1, dtype=torch.bool, device=t.device).scatter_(-1, column, True)
-    key = torch.arange(num_keys, device=t.device)
-    return _Branch(k, v, member[..., key // size] & (key <= t[:, None]))
+    of_keys = member[..., :num_blocks, None].expand(-1, -1, -1, size).flatten(2)[..., :num_keys]
+    return _Branch(k, v, of_keys & (torch.arange(num_keys, device=t.device) <= t[:, None]), seeing)
 
 
 def _attend(q: Tensor, branch: _Branch) -> tuple[Tensor, Tensor]:
     """Softmax attention of scaled q [H, T, G, D]: out [H, T, G, Dv], and p [H, T, G, S]. Exactly 0 for a query that sees no key."""
-    seen = branch.visible.any(-1, keepdim=True)
-    bias = torch.zeros_like(branch.visible, dtype=q.dtype).masked_fill_(~branch.visible & seen, -torch.inf)
-    scores = _rows_times(q, branch.k.mT)
-    p = torch.softmax(scores.add_(bias.unsqueeze(2)), dim=-1)
-    if not bool(seen.all()):  # rows without any visible key went through the softmax unmasked
-        p *= seen.unsqueeze(2)
+    all_see = branch.seeing is None or bool(branch.seeing.all())
+    # A row that sees nothing goes through the softmax unmasked, which keeps it finite, and is set to 0 after it.
+    visible = branch.visible if all_see else branch.visible | ~branch.seeing.unsqueeze(-1)
+    bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
+    p = torch.softmax(_rows_times(q, branch.k.mT).add_(bias.unsqueeze(2)), dim=-1)
+    if not all_see:
+        p *= branch.seeing[..., None, None]
     return _rows_times(p, branch.v), p
 
 
-def _attend_backward(grad: Tensor, q: Tensor, branch: _Branch, out: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_backward(grad: Tensor, q: Tensor, branch: _Branch, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of scaled q [H, T, G, D], and of k and v [H, rows, D] before any gathering."""
-    grad_p = _rows_times(grad, branch.v.mT)
-    grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
+    grad_scores = torch.ops.aten._softmax_backward_data(_rows_times(grad, branch.v.mT), p, -1, p.dtype)
     grad_q = _rows_times(grad_scores, branch.k)
     if branch.rows is None:
         return grad_q, grad_scores.flatten(1, 2).mT @ q.flatten(1, 2), p.flatten(1, 2).mT @ grad.flatten(1, 2)
