@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import nsa_transformer
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -38,6 +40,11 @@ def test_requirements_end_in_the_package_itself() -> None:
     assert (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()[-1] == "-e ."
 
 
+def test_the_citation_names_this_version() -> None:
+    cited = [line.split()[1] for line in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines() if line.startswith("version:")]
+    assert cited == [nsa_transformer.__version__]
+
+
 def test_the_wheel_carries_the_package_and_the_configuration(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs the setuptools of requirements-dev.txt")
     source = tmp_path / "source"
@@ -50,6 +57,7 @@ def test_the_wheel_carries_the_package_and_the_configuration(tmp_path: Path) -> 
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"nsa_transformer-{nsa_transformer.__version__}-")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entries,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
