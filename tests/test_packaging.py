@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import nsa_transformer
+
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(path for path in (ROOT / "nsa_transformer").rglob("*.py") if path.name != "setup.py")  # those of the wheel
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -34,8 +38,43 @@ def test_the_pins_lie_in_the_ranges() -> None:
         assert requirement.specifier.contains(exact[requirement.name]), f"{requirement} against {exact[requirement.name]}"
 
 
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Packages of others that a module needs to be imported, and those that it imports only where it uses them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    early: set[str] = set()
+    every: set[str] = set()
+    for parent in ast.walk(tree):
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.Import):
+                names = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = {node.module.split(".")[0]}
+            else:
+                continue
+            every |= names
+            early |= names if parent is tree else set()
+    own = sys.stdlib_module_names | {"nsa_transformer"}
+    return early - own, every - early - own
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_import_is_declared(path: Path) -> None:
+    """What a module imports at its top is a dependency; what it imports where it uses it may be an extra."""
+    called = {"yaml": "pyyaml", "hydra": "hydra-core"}
+    required = {Requirement(line).name for line in PROJECT["dependencies"]}
+    extras = {Requirement(line).name for extra in PROJECT["optional-dependencies"].values() for line in extra}
+    early, late = ({called.get(name, name) for name in names} for names in imports(path))
+    assert early - required == set()
+    assert late - required - extras - {"triton"} == set()  # torch brings triton where it has one
+
+
 def test_requirements_end_in_the_package_itself() -> None:
     assert (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()[-1] == "-e ."
+
+
+def test_the_citation_names_this_version() -> None:
+    cited = [line.split()[1] for line in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines() if line.startswith("version:")]
+    assert cited == [nsa_transformer.__version__]
 
 
 def test_the_wheel_carries_the_package_and_the_configuration(tmp_path: Path) -> None:
@@ -50,6 +89,7 @@ def test_the_wheel_carries_the_package_and_the_configuration(tmp_path: Path) -> 
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"nsa_transformer-{nsa_transformer.__version__}-")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entries,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]

@@ -161,7 +161,8 @@ def _match(file: Path, shapes: dict[str, list[int]], targets: dict[str, Tensor])
             raise ConfigError(f"{file} has no {name}: it is of another architecture; take its own model settings, from the config.yaml beside it")
         if shapes[name] != list(target.shape):
             raise ConfigError(
-                f"{file} has {name} of shape {shapes[name]} where this model has {list(target.shape)}; take its own model settings, from the config.yaml beside it"
+                f"{file} has {name} of shape {shapes[name]} where this model has {list(target.shape)}; "
+                "take its own model settings, from the config.yaml beside it"
             )
     extra = sorted(set(shapes) - set(targets))
     if extra:

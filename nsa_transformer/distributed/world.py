@@ -69,7 +69,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"torchrun started rank {local_rank} on a machine of {torch.cuda.device_count()} GPUs; write --nproc_per_node={torch.cuda.device_count()}")
+        gpus = torch.cuda.device_count()
+        raise ConfigError(f"torchrun started rank {local_rank} on a machine of {gpus} GPUs; write --nproc_per_node={gpus}")
     return torch.device("cuda", local_rank)
 
 

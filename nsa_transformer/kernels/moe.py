@@ -8,6 +8,8 @@ Shape letters: T tokens, K experts per token, R = T * K routed rows sorted by ex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,11 +100,11 @@ def _(grad, x, indices, weights, w13, w2, hidden):
     return torch.empty_like(x), torch.empty_like(weights), torch.empty_like(w13), torch.empty_like(w2)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _backward(ctx, grad: Tensor, _grad_hidden: Tensor):
+def _backward(ctx: Any, grad: Tensor, _grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
     x, indices, weights, w13, w2, hidden = ctx.saved_tensors
     grad_x, grad_weights, grad_w13, grad_w2 = _grouped_backward(grad, x, indices, weights, w13, w2, hidden)
     return grad_x, None, grad_weights, grad_w13, grad_w2
@@ -191,5 +193,5 @@ def _check(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor)
         raise ValueError(f"indices has shape {list(indices.shape)}; give [{tokens}, top_k]")
     if weights.shape != indices.shape:
         raise ValueError(f"weights has shape {list(weights.shape)}; give indices' {list(indices.shape)}")
-    if x.device.type == "cpu" and indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < num_experts):
+    if x.device.type == "cpu" and indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < num_experts):
         raise ValueError(f"indices holds {int(indices.min())} … {int(indices.max())}; experts are 0 … {num_experts - 1}")

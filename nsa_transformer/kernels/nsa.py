@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,11 @@ def _geometry(config: NSAConfig) -> list[int]:
     ]
 
 
+def _config(geometry: list[int]) -> NSAConfig:
+    block, stride, select, num_selected, num_initial, num_local, window = geometry
+    return NSAConfig(block, stride, select, num_selected, num_initial, num_local, window)
+
+
 @torch.library.custom_op("nsa_transformer::attention_reference", mutates_args=())
 def _reference_op(
     q: Tensor,
@@ -120,9 +126,7 @@ def _reference_op(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         boundaries = (cu_seqlens.tolist(), cu_seqlens_k.tolist(), q_start.tolist())
-        return reference.attention_forward(
-            q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates, NSAConfig(*geometry), *boundaries, blocks, scale
-        )
+        return reference.attention_forward(q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates, _config(geometry), *boundaries, blocks, scale)
 
 
 @_reference_op.register_fake
@@ -132,12 +136,12 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens, cu_seqlens
     return out, q.new_empty(q.shape[0], k_slc.shape[1], width, dtype=torch.int32)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.geometry, ctx.scale = inputs
     ctx.save_for_backward(*tensors[:11], output[1])
 
 
-def _backward(ctx, grad_out: Tensor, _grad_blocks: Tensor):
+def _backward(ctx: Any, grad_out: Tensor, _grad_blocks: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, cu_seqlens, cu_seqlens_k, q_start, blocks = ctx.saved_tensors
     grads = _reference_backward_op(grad_out, *inputs, cu_seqlens, cu_seqlens_k, q_start, blocks, ctx.geometry, ctx.scale)
     return *grads, None, None, None, None, None, None
@@ -164,7 +168,7 @@ def _reference_backward_op(
     with torch.autocast(q.device.type, enabled=False):
         boundaries = (cu_seqlens.tolist(), cu_seqlens_k.tolist(), q_start.tolist())
         keys_values = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
-        grads = reference.attention_backward(grad_out, q, keys_values, gates, NSAConfig(*geometry), *boundaries, blocks, scale)
+        grads = reference.attention_backward(grad_out, q, keys_values, gates, _config(geometry), *boundaries, blocks, scale)
     return tuple(grads)  # type: ignore[return-value]
 
 
@@ -260,7 +264,8 @@ def _check_values(
         last = (lengths_k[document] - 1) // config.select_block
         if bool((blocks < -1).any()) or bool((blocks > last[:, None, None]).any()):
             raise ValueError(
-                f"blocks holds ids from {int(blocks.min())} to {int(blocks.max())}; each must be -1 or a block of its document, 0 … (keys - 1) // {config.select_block}"
+                f"blocks holds ids from {int(blocks.min())} to {int(blocks.max())}; "
+                f"each must be -1 or a block of its document, 0 … (keys - 1) // {config.select_block}"
             )
         ordered = blocks.sort(dim=-1).values
         if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):

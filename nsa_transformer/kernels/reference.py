@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from nsa_transformer.config import NSAConfig
 CHUNK = 128  # queries at once, fewer where their scores would pass SCORE_BUDGET
 SCORE_BUDGET = 1 << 24  # elements of one tensor: scores [H, T, G, S], gathered keys [H, T, S, D]
 GATHER_RATIO = 4  # selected keys are gathered once the prefix is this many times longer than they are, and masked before that
+
+_Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # q, the six keys and values, gates
 
 
 def attention_forward(
@@ -86,10 +89,11 @@ class _Piece:
     def rows(self) -> tuple[slice, ...]:
         return (self.queries, self.compressed, self.compressed, self.prefix, self.prefix, self.window, self.window, self.queries)
 
-    def take(self, q: Tensor, keys_values: tuple[Tensor, ...], gates: Tensor) -> list[Tensor]:
-        return [
+    def take(self, q: Tensor, keys_values: tuple[Tensor, ...], gates: Tensor) -> _Inputs:
+        taken = tuple(
             x[rows].to(_accumulator(x), copy=True, memory_format=torch.contiguous_format) for x, rows in zip((q, *keys_values, gates), self.rows, strict=True)
-        ]
+        )
+        return cast(_Inputs, taken)
 
 
 def _pieces(config: NSAConfig, cu_q: list[int], cu_k: list[int], q_start: list[int], num_heads: int, gathered: int) -> Iterator[_Piece]:

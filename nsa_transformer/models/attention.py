@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,6 @@ def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     return torch.cat(out)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **kwargs).squeeze(0).transpose(0, 1)

@@ -29,9 +29,7 @@ class PackLayout:
     cmp_rotation: Rotation
 
     @staticmethod
-    def build(
-        num_tokens: int, cu_seqlens: Tensor | None, config: NSAConfig, rope: RotaryEmbedding, device: torch.device, start: int = 0
-    ) -> PackLayout:
+    def build(num_tokens: int, cu_seqlens: Tensor | None, config: NSAConfig, rope: RotaryEmbedding, device: torch.device, start: int = 0) -> PackLayout:
         """`start`: position of the first token of each document, where a cache holds those before it."""
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)

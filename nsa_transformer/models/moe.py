@@ -42,6 +42,8 @@ class RouterStatistics:
 class Router(nn.Module):
     """Sigmoid scores in float32; the top k by score plus bias, weighted by their renormalised scores alone."""
 
+    bias: Tensor
+
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,14 +167,14 @@ class Transformer(nn.Module):
             raise ValueError("cu_seqlens and cache exclude each other: a cache holds one sequence")
         if tokens.device.type != "cpu":
             return
-        if len(tokens) and not (0 <= int(tokens.min()) and int(tokens.max()) < self.config.vocab_size):
+        if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.config.vocab_size):
             raise ValueError(f"tokens holds ids from {int(tokens.min())} to {int(tokens.max())}; the vocabulary is 0 … {self.config.vocab_size - 1}")
         longest = len(tokens) if cu_seqlens is None else int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
         if longest > self.config.max_position_embeddings:
             raise ValueError(f"a document of {longest} tokens passes max_position_embeddings={self.config.max_position_embeddings}; cut it")
 
 
-def _run(forward: Callable[..., BlockOutput], *args) -> BlockOutput:
+def _run(forward: Callable[..., BlockOutput], *args: Any) -> BlockOutput:
     return forward(*args)
 
 

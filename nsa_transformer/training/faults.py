@@ -77,4 +77,5 @@ def describe_out_of_memory(error: BaseException, doing: str, config: Config) -> 
         helps.append(f"training.loss_chunk_size={training.loss_chunk_size // 4}")
     helps.append("a smaller model (model=base, model=tiny), or more GPUs (torchrun --nproc_per_node=N), which share weights and moments")
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"out of memory while {doing}, with packs of {data.max_length} tokens × micro_batch_size {training.micro_batch_size}. Try {', '.join(helps)}. ({first_line})"
+    packs = f"packs of {data.max_length} tokens × micro_batch_size {training.micro_batch_size}"
+    return f"out of memory while {doing}, with {packs}. Try {', '.join(helps)}. ({first_line})"

@@ -14,7 +14,8 @@ UNDECAYED = ("norm", "embedding", "bias", "position")
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Fused AdamW that decays matrices, not norms, biases, embeddings and positions."""
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (rest if any(word in name for word in UNDECAYED) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]

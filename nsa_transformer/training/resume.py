@@ -37,7 +37,7 @@ def continued_config(config: Config, overrides: Sequence[str]) -> Config:
             merged[key] = today[key]
     merged["training"]["resume"] = config.training.resume
     merged["run_dir"] = config.run_dir if config.run_dir is not None else _run_of(source)
-    result = build_config(merged)
+    result: Config = build_config(merged)
     _refuse_changes(to_dict(saved), to_dict(result))
     return result
 
@@ -106,4 +106,6 @@ MAY_CHANGE = ("model.moe.bias_update_rate", "model.moe.sequence_loss_weight", "m
 
 def _refuse(key: str, saved: Any, now: Any) -> None:
     if saved != now:
-        raise ConfigError(f"{key}={now} differs from the resumed run's {key}={saved}; drop the override, or start a new run (training.init_from takes its weights)")
+        raise ConfigError(
+            f"{key}={now} differs from the resumed run's {key}={saved}; drop the override, or start a new run (training.init_from takes its weights)"
+        )

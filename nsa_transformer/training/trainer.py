@@ -58,6 +58,7 @@ class Trainer:
         self.config = config
         self.console = Console(enabled=int(os.environ.get("RANK", "0")) == 0)
         self.doing = "starting"  # for messages about memory
+        self.evaluation: Evaluation | None = None  # the newest
 
     def train(self) -> int:
         """Run to the end. Returns 0, or 128 + the signal that stopped it after saving: 143 for SIGTERM, 130 for Ctrl-C."""
@@ -233,7 +234,6 @@ class Trainer:
         self.doing = "building the optimizer"
         self.optimizer = build_optimizer(self.model, config.training)
         self.progress = Progress()
-        self.evaluation: Evaluation | None = None
         self.doing = "loading weights"
         if self.start is not None:
             self._restore(self.start)
@@ -284,7 +284,8 @@ def _due(step: int, every: int) -> bool:
 def _announce(config: Config, world: World, console: Console) -> None:
     total, active = count_parameters(config.model)
     ranks = f" × {world.size} ranks" if world.size > 1 else ""
-    console.info(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active for a token; {config.model.attention} attention; {device_name(world.device)}{ranks}")
+    size = f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active for a token"
+    console.info(f"{size}; {config.model.attention} attention; {device_name(world.device)}{ranks}")
     if world.device.type == "cpu":
         tokens = config.training.max_steps * config.training.batch_size * config.data.max_length
         hours = tokens * 6 * active / (world.size * CPU_FLOPS) / 3600
