@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
     generate.add_argument("--kv-cache", choices=["none", "fp8"], help="quantization of the cache; by default the run's own setting")
-    generate.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    generate.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (auto: cuda where there is one)")
     generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache (bfloat16 on a GPU, float32 on a CPU)")
     generate.add_argument("--json", action="store_true", help="print one object: prompt_ids, ids, text")
     generate.set_defaults(call=_generate)
@@ -160,6 +160,9 @@ def _tokenizer_decode(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.file} is no .npy of token ids ({error})") from None
     if ids.ndim != 1 or ids.dtype.kind not in "ui":
         raise ConfigError(f"{options.file} holds {ids.dtype} {list(ids.shape)}; token ids are whole numbers in one row")
+    wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+    if len(wrong):
+        raise ConfigError(f"{options.file} holds {wrong[0]}, which is no token of {options.tokenizer}: it has {tokenizer.vocab_size}, from 0 on")
     write_atomic(options.output, tokenizer.decode_bytes(ids.tolist()))
     print(f"wrote {options.output}: {len(ids)} tokens")
     return 0

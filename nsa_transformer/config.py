@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -443,8 +444,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         return _coerce(key, value, kind)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if kind is float and isinstance(value, float) and value != value:
-        raise ConfigError(f"{key}=nan is not a number; write one")
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value} is not a finite number; write one")
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -468,7 +469,7 @@ def all_keys(cls: type = Config, path: str = "") -> list[str]:
 
 def unknown_key_message(key: str) -> str:
     """What to say of a key that does not exist: the nearest ones that do."""
-    keys = all_keys()
+    keys = all_keys() if "." in key else [*all_keys(), *(f.name for f in dataclasses.fields(Config))]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     near += [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1] and k not in near][:2]
     hint = f"; did you mean {' or '.join(near)}?" if near else "; docs/configuration.md lists every key"

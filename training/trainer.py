@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nsa_transformer.config import Config, ConfigError, build_config, unknown_key_message
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+GROUPS = ("model", "training", "memory", "data", "logging")
 
 
 def typed(composed: DictConfig) -> Config:
@@ -24,46 +26,66 @@ def typed(composed: DictConfig) -> Config:
     return build_config(values)
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
-def run(composed: DictConfig) -> None:
-    from nsa_transformer.training.resume import continued_config
-    from nsa_transformer.training.trainer import Trainer
+def compose(arguments: list[str]) -> tuple[Config, list[str]] | None:
+    """The configuration and the overrides it comes from; None where Hydra only shows something (`--cfg`, `--help`). Raises `ConfigError`.
 
-    status = Trainer(continued_config(typed(composed), HydraConfig.get().overrides.task)).train()
-    if status:
-        sys.exit(status)
+    The run itself comes after Hydra, which adds lines of its own to every error in a job.
+    """
+    composed: list[tuple[DictConfig, Any]] = []
 
+    @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
+    def job(config: DictConfig) -> None:
+        composed.append((config, OmegaConf.to_container(HydraConfig.get().overrides.task)))
 
-def check_shown(arguments: list[str]) -> None:
-    """`--cfg` prints a configuration without running; what it prints must be valid all the same."""
-    if any(a in ("--cfg", "-c") or a.startswith("--cfg=") for a in arguments):
-        shown = arguments.index("--cfg") + 1 if "--cfg" in arguments else arguments.index("-c") + 1 if "-c" in arguments else len(arguments)
-        overrides = [a for i, a in enumerate(arguments) if i != shown and not a.startswith("-")]
-        with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-            typed(hydra.compose("config", overrides))
+    options = get_args_parser().parse_args(arguments)
+    if options.multirun:
+        raise ConfigError("--multirun is not supported; start one command per run")
+    for override in options.overrides:
+        if override.startswith("~"):
+            raise ConfigError(f"{override} would delete a setting, and every one is needed; write {override[1:].split('=')[0]}=VALUE")
+    try:
+        if options.cfg is not None:  # what is shown must be valid as well
+            with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+                typed(hydra.compose("config", options.overrides))
+        job()
+        return (typed(composed[0][0]), composed[0][1]) if composed else None
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of a group that is no text
+        raise ConfigError(explain(error)) from None
 
 
 def explain(error: Exception) -> str:
-    """Hydra's complaint as one message; of an unknown key, the one that was meant."""
+    """A complaint of Hydra or OmegaConf as one message; of an unknown key or group, the ones that exist."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name} does not exist; write {' or '.join(f'{group}={option}' for option in error.options)}"
     text = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} is not KEY=VALUE as Hydra reads it ({text.splitlines()[0]}); put quotes around a value with special characters: \"KEY='VALUE'\""
+        )
     unknown = re.search(r"Could not override '([^']+)'", text)
-    return unknown_key_message(unknown.group(1)) if unknown else re.sub(r"\n\s*full_key:.*|\n\s*object_type=.*", "", text)
+    if not isinstance(error, HydraException | OmegaConfBaseException) or (unknown and unknown.group(1) in GROUPS):
+        return f"a group ({', '.join(GROUPS)}) takes the name of one of its files in configs/, such as model=tiny; set its keys one by one"
+    return unknown_key_message(unknown.group(1)) if unknown else re.sub(r"\n\s*(full_key:|object_type=).*", "", text)
 
 
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them and exiting with 1
     from nsa_transformer.training.faults import TrainingError
+    from nsa_transformer.training.resume import continued_config
+    from nsa_transformer.training.trainer import Trainer
 
     try:
-        check_shown(sys.argv[1:])
-        run()
-    except (ConfigError, HydraException, OmegaConfBaseException, TrainingError) as error:
+        composed = compose(sys.argv[1:])
+        return 0 if composed is None else Trainer(continued_config(*composed)).train()
+    except (ConfigError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error if isinstance(error, ConfigError | TrainingError) else explain(error)}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

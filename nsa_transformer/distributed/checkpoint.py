@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from nsa_transformer.config import Config, ConfigError, build_config, to_dict
 from nsa_transformer.distributed.parallelize import assign, whole
 from nsa_transformer.distributed.world import World
 from nsa_transformer.models.transformer import Transformer
-from nsa_transformer.utils.files import atomic_folder
+from nsa_transformer.utils.files import MARK, atomic_folder
 
 MANIFEST, MODEL, OPTIMIZER, STATE, CONFIG = "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -109,7 +110,7 @@ def _prune(run_dir: Path, keep: int) -> None:
     """Delete complete checkpoints older than the newest `keep`. One that is being deleted is no checkpoint any more: it is renamed first."""
     complete = [p for p in list_checkpoints(run_dir) if find_damage(p, hashes=False) is None]
     for path in complete[:-keep]:
-        doomed = path.with_name(f".{path.name}.tmp-deleting")
+        doomed = path.with_name(f".{path.name}{MARK}{os.getpid()}-deleting")  # remove_leftovers knows it, should a kill interrupt the deletion
         path.rename(doomed)
         shutil.rmtree(doomed)
 

@@ -68,9 +68,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise ConfigError("training.device=cuda, but torch finds no GPU here; write training.device=cpu (nsa doctor tells what torch sees)")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
-        raise ConfigError(f"torchrun started rank {local_rank} on a machine of {gpus} GPUs; write --nproc_per_node={gpus}")
+    # Asked of the number of ranks, which all of them know, since rank 0 alone speaks.
+    local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if max(local_ranks, local_rank + 1) > gpus:
+        raise ConfigError(f"torchrun started {local_ranks} ranks on a machine of {gpus} GPUs; write --nproc_per_node={gpus}, or training.device=cpu")
     return torch.device("cuda", local_rank)
 
 

@@ -55,8 +55,17 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, eod_id: int | None = None) -> Iterator[int]:
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eod_id: int | None = None,
+    num_tokens: int | None = None,
+) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids after `prompt`, ending before `eod_id` (None: never). The model should be in eval mode.
+
+    Only ids below `num_tokens` are drawn (None: all): a model may have more rows than its tokenizer has tokens.
 
     Raises `ValueError` before the first token for an empty prompt, or where prompt and new tokens would pass the model's positions.
     """
@@ -81,7 +90,7 @@ def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int, sam
     for _ in range(max_new_tokens):
         for chunk in tokens.split(PREFILL_CHUNK):
             logits = model(chunk, cache=cache, last_only=True)
-        tokens = torch.multinomial(next_token_probabilities(logits[-1], sampling), 1, generator=generator)
+        tokens = torch.multinomial(next_token_probabilities(logits[-1, :num_tokens], sampling), 1, generator=generator)
         token = int(tokens)
         if token == eod_id:
             return
@@ -105,7 +114,7 @@ def generate_text(
         raise ValueError("a stop text is empty; leave it out")
     ids: list[int] = []
     shown, pending = 0, []
-    for token in generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.eod_id):
+    for token in generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.eod_id, tokenizer.vocab_size):
         ids.append(token)
         pending.append(token)
         text = tokenizer.decode_bytes(ids).decode(errors="replace")

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
 
-CHUNK = 128  # queries at once, fewer where their scores would pass SCORE_BUDGET
-SCORE_BUDGET = 1 << 24  # elements of one tensor: scores [H, T, G, S], gathered keys [H, T, S, D]
+# By kind of device: queries at once, fewer where a tensor (scores [H, T, G, S], gathered keys [H, T, S, D]) would pass so many
+# elements. Short chunks waste less work on hidden keys, long ones fewer launches.
+CHUNK = {"cpu": 128, "cuda": 1024}
+SCORE_BUDGET = {"cpu": 1 << 24, "cuda": 1 << 28}
 GATHER_RATIO = 4  # selected keys are gathered once the prefix is this many times longer than they are, and masked before that
 
 _Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # q, the six keys and values, gates

@@ -36,6 +36,7 @@ def continued_config(config: Config, overrides: Sequence[str]) -> Config:
         else:
             merged[key] = today[key]
     merged["training"]["resume"] = config.training.resume
+    merged["training"]["init_from"] = config.training.init_from  # where the saved run once began no longer matters
     merged["run_dir"] = config.run_dir if config.run_dir is not None else _run_of(source)
     result: Config = build_config(merged)
     _refuse_changes(to_dict(saved), to_dict(result))
@@ -58,6 +59,8 @@ def find_start(config: Config, run_dir: Path, warn: Callable[[str], None]) -> Pa
     path = Path(resume)
     if not path.is_dir():
         raise ConfigError(f"training.resume={resume} does not exist; write auto, or the folder of a checkpoint")
+    if list_checkpoints(path):
+        raise ConfigError(f"training.resume={resume} is a run; write run_dir={resume} training.resume=auto, or training.resume={list_checkpoints(path)[-1]}")
     damage = find_damage(path)
     if damage is not None:
         raise ConfigError(f"training.resume={resume} is damaged: {damage}; write training.resume=auto for the newest whole checkpoint of run_dir")
@@ -74,14 +77,16 @@ def _run_to_continue(config: Config) -> Path | None:
         return None
     if resume == "auto":
         run_dir = Path(config.run_dir or "")
-        return run_dir if list_checkpoints(run_dir) and (run_dir / CONFIG).exists() else None
+        checkpoints = list_checkpoints(run_dir)
+        return next((p for p in (run_dir, *reversed(checkpoints)) if checkpoints and (p / CONFIG).exists()), None)
     path = Path(resume)
     return path if (path / CONFIG).exists() else None
 
 
-def _run_of(source: Path) -> str:
-    """The run that a checkpoint lies in, `runs/x` of `runs/x/checkpoints/step_…`."""
-    return str(source.parent.parent) if source.parent.name == "checkpoints" else str(source)
+def _run_of(checkpoint: Path) -> str | None:
+    """The run that a checkpoint lies in, `runs/x` of `runs/x/checkpoints/step_…`; None for one that was copied elsewhere."""
+    folder = checkpoint if checkpoint.parent.name == "checkpoints" else checkpoint.resolve()
+    return str(folder.parent.parent) if folder.parent.name == "checkpoints" else None
 
 
 def _refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -89,7 +89,8 @@ class Trainer:
             stop.deferred(),
         ):
             meter = Meter(self.config, world)
-            while progress.step < config.max_steps and not stop.received:
+            stopped = 0  # the signal that some rank received, as all ranks know it
+            while progress.step < config.max_steps and not stopped:
                 row = self._step(world, meter)
                 profiler.step()
                 self.console.advance(progress.step, meter.last_step_seconds)
@@ -99,13 +100,13 @@ class Trainer:
                 if last or _due(progress.step, config.eval_every):
                     self.evaluation = self._evaluate()
                     self._write(metrics, self.evaluation.row(progress.step))
-                stop.received = world.largest(stop.received)
-                if last or stop.received or _due(progress.step, config.checkpoint_every):
+                stopped = world.largest(stop.received)
+                if last or stopped or _due(progress.step, config.checkpoint_every):
                     self._save()
                 meter.restart()
-        if stop.received:
+        if stopped:
             self.console.info(f"stopped by a signal after saving step {progress.step}; continue with run_dir={self.run_dir} training.resume=auto")
-            return 128 + stop.received
+            return 128 + stopped
         self.doing = "writing the report"
         if self.evaluation is None:  # resumed at its very end
             self.evaluation = self._evaluate()
