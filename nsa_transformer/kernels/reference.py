@@ -46,7 +46,7 @@ def attention_forward(
     out = q.new_empty(q.shape[0], q.shape[1], keys_values[1].shape[-1])
     width = config.num_selected if blocks is None else blocks.shape[-1]
     used = torch.full((q.shape[0], keys_values[2].shape[1], width), -1, dtype=torch.int32, device=q.device)
-    for piece in _pieces(config, cu_q, cu_k, q_start, q.shape[1], _gathered(config, keys_values)):
+    for piece in _pieces(config, cu_q, cu_k, q_start, q, _gathered(config, keys_values)):
         inputs = piece.take(q, keys_values, gates)
         given = None if blocks is None else blocks[piece.queries]
         out[piece.queries], used[piece.queries] = _attend_chunk(*inputs, piece.position, config, scale, given)
@@ -68,7 +68,7 @@ def attention_backward(
     """Gradients of q, the six key and value tensors and the gates, in that order; `blocks` as the forward returned them."""
     inputs = (q, *keys_values, gates)
     grads = [torch.zeros_like(x, dtype=_accumulator(x)) for x in inputs]
-    for piece in _pieces(config, cu_q, cu_k, q_start, q.shape[1], _gathered(config, keys_values)):
+    for piece in _pieces(config, cu_q, cu_k, q_start, q, _gathered(config, keys_values)):
         chunk = piece.take(q, keys_values, gates)
         grad = grad_out[piece.queries].to(_accumulator(q), copy=True, memory_format=torch.contiguous_format)
         found = _attend_chunk_backward(grad, *chunk, piece.position, config, scale, blocks[piece.queries])
@@ -98,17 +98,18 @@ class _Piece:
         return cast(_Inputs, taken)
 
 
-def _pieces(config: NSAConfig, cu_q: list[int], cu_k: list[int], q_start: list[int], num_heads: int, gathered: int) -> Iterator[_Piece]:
+def _pieces(config: NSAConfig, cu_q: list[int], cu_k: list[int], q_start: list[int], q: Tensor, gathered: int) -> Iterator[_Piece]:
     block, stride, window = config.compress_block, config.compress_stride, config.window
     compressed = 0
     for document, position in enumerate(q_start):
         query, query_end = cu_q[document], cu_q[document + 1]
         key, key_end = cu_k[document], cu_k[document + 1]
         longest = max((key_end - key) // stride, min(key_end - key, GATHER_RATIO * config.num_selected * config.select_block), window)
-        elements = num_heads * max(longest, 1)  # of the largest tensor, per query
+        elements = q.shape[1] * max(longest, 1)  # of the largest tensor, per query
         if key_end - key > GATHER_RATIO * config.num_selected * config.select_block:
             elements = max(elements, gathered)
-        size = max(16, min(CHUNK, SCORE_BUDGET // elements))
+        kind = "cuda" if q.is_cuda else "cpu"
+        size = max(16, min(CHUNK[kind], SCORE_BUDGET[kind] // elements))
         for start in range(query, query_end, size):
             end = min(start + size, query_end)
             first, last = position + start - query, position + end - query - 1

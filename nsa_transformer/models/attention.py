@@ -190,7 +190,7 @@ def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
         last = keys - queries + end
         key = torch.arange(first, last, device=q.device)
         out.append(_sdpa(q[start:end], k[first:last], v[first:last], attn_mask=(key <= t) & (key > t - window)))
-    return torch.cat(out)
+    return torch.cat(out) if out else q.new_empty(0, q.shape[1], v.shape[2])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:

@@ -15,7 +15,7 @@ def _sum_of_min(length: int, limit: int) -> int:
 
 
 def attention_pairs(config: ModelConfig, length: int) -> int:
-    """Query-key pairs that one head of one layer scores over a document of `length` tokens."""
+    """Query-key pairs that one head of one layer scores over a document of `length` tokens, a query's own block always among the selected."""
     nsa = config.nsa
     if config.attention == "dense":
         return length * (length + 1) // 2
@@ -26,7 +26,15 @@ def attention_pairs(config: ModelConfig, length: int) -> int:
     # Compressed key i is seen by the length - (i * d + l) + 1 queries from its last token on.
     first = length - nsa.compress_block + 1
     compressed = blocks * first - nsa.compress_stride * blocks * (blocks - 1) // 2
-    return compressed + _sum_of_min(length, nsa.num_selected * nsa.select_block) + window
+    return compressed + _selected_pairs(length, nsa.num_selected, nsa.select_block) + window
+
+
+def _selected_pairs(length: int, num_selected: int, block: int) -> int:
+    """All keys up to the query while there are no more than num_selected blocks; then whole blocks, and its own up to itself."""
+    early = min(length, num_selected * block)
+    blocks, rest = divmod(length - early, block)
+    own = blocks * (block * (block + 1) // 2) + rest * (rest + 1) // 2
+    return early * (early + 1) // 2 + (length - early) * (num_selected - 1) * block + own
 
 
 class TrainingFlops:

@@ -30,12 +30,13 @@ class PackLayout:
 
     @staticmethod
     def build(num_tokens: int, cu_seqlens: Tensor | None, config: NSAConfig, rope: RotaryEmbedding, device: torch.device, start: int = 0) -> PackLayout:
-        """`start`: position of the first token of each document, where a cache holds those before it."""
+        """`start`: position of the first token of each document, where a cache holds those before it.
+
+        Raises `ValueError` naming cu_seqlens where it does not bound the documents; its values are checked on the CPU alone.
+        """
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.device != device:
-            was = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
-            raise ValueError(f"cu_seqlens is {was}; give torch.int32 [num_docs + 1] on {device}")
+        _check_boundaries(cu_seqlens, num_tokens, device)
         cu = cu_seqlens.long()
         owner, positions = _position_in_group(cu, torch.arange(num_tokens, device=device))
 
@@ -47,6 +48,20 @@ class PackLayout:
         cmp_positions = index * stride + block // 2
         rows = rows.clamp(0, max(num_tokens - 1, 0))
         return PackLayout(cu_seqlens, owner, rope.rotation(positions + start), rows, rope.rotation(cmp_positions))
+
+
+def _check_boundaries(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
+    """The values only on the CPU, where reading them does not wait for a device."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is {type(cu_seqlens).__name__}; give a tensor, torch.int32 [num_docs + 1]")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.device != device:
+        was = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
+        raise ValueError(f"cu_seqlens is {was}; give torch.int32 [num_docs + 1] on {device}")
+    if device.type != "cpu":
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != num_tokens or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise ValueError(f"cu_seqlens is {first} … {last}; it must rise from 0 to {num_tokens}, the number of tokens, without decreasing")
 
 
 def _position_in_group(boundaries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from nsa_transformer.config import ModelConfig
 from nsa_transformer.models.attention import DenseAttention, NativeSparseAttention
 from nsa_transformer.models.cache import KVCache, LayerCache
 from nsa_transformer.models.layout import PackLayout
-from nsa_transformer.models.loss import summed_loss, token_losses
+from nsa_transformer.models.loss import IGNORE, summed_loss, token_losses
 from nsa_transformer.models.moe import MLP, MixtureOfExperts, RouterStatistics
 from nsa_transformer.models.rope import RotaryEmbedding
 
@@ -117,13 +117,14 @@ class Transformer(nn.Module):
             last_only: logits of the last token alone, `[1, vocab]`.
 
         Raises:
-            ValueError: tokens of a wrong shape, dtype or (on the CPU) value, or a sequence past `max_position_embeddings`.
+            ValueError: an argument of a wrong shape, dtype or (on the CPU) value, or a sequence past `max_position_embeddings`.
         """
-        self._check(tokens, cu_seqlens, targets, cache)
+        self._check(tokens, cu_seqlens, targets, valid, cache, loss_chunk_size)
         start = 0 if cache is None else cache.length
         if cache is not None:
             cache.advance(len(tokens))
         layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device, start)
+        self._check_lengths(layout.cu_seqlens)
         x = self.embedding(tokens)
         statistics = []
         for index, block in enumerate(self.layers):
@@ -158,18 +159,32 @@ class Transformer(nn.Module):
             for buffer in self.buffers():
                 buffer.zero_()
 
-    def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, targets: Tensor | None, cache: KVCache | None) -> None:
-        if tokens.dim() != 1 or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens is {tokens.dtype} {list(tokens.shape)}; give torch.int64 [T], packed documents without a batch axis")
-        if targets is not None and (targets.shape != tokens.shape or targets.dtype != torch.int64):
-            raise ValueError(f"targets is {targets.dtype} {list(targets.shape)}; give torch.int64 {list(tokens.shape)}")
+    def _check(
+        self, tokens: Tensor, cu_seqlens: Tensor | None, targets: Tensor | None, valid: Tensor | None, cache: KVCache | None, loss_chunk_size: int
+    ) -> None:
+        for name, given, dtype in (("tokens", tokens, torch.int64), ("targets", targets, torch.int64), ("valid", valid, torch.bool)):
+            if given is None:
+                continue
+            if given.dim() != 1 or given.dtype != dtype or len(given) != len(tokens) or given.device != tokens.device:
+                size = "T" if name == "tokens" else len(tokens)
+                raise ValueError(
+                    f"{name} is {given.dtype} {list(given.shape)} on {given.device}; "
+                    f"give {dtype} [{size}] on {tokens.device}, packed documents without a batch axis"
+                )
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens and cache exclude each other: a cache holds one sequence")
-        if tokens.device.type != "cpu":
+        if loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1")
+        if tokens.device.type != "cpu" or not len(tokens):
             return
-        if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.config.vocab_size):
-            raise ValueError(f"tokens holds ids from {int(tokens.min())} to {int(tokens.max())}; the vocabulary is 0 … {self.config.vocab_size - 1}")
-        longest = len(tokens) if cu_seqlens is None else int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        last = self.config.vocab_size - 1
+        if int(tokens.min()) < 0 or int(tokens.max()) > last:
+            raise ValueError(f"tokens holds ids from {int(tokens.min())} to {int(tokens.max())}; the vocabulary is 0 … {last}")
+        if targets is not None and bool(((targets != IGNORE) & ((targets < 0) | (targets > last))).any()):
+            raise ValueError(f"targets holds ids from {int(targets.min())} to {int(targets.max())}; write 0 … {last}, or {IGNORE} where there is no loss")
+
+    def _check_lengths(self, cu_seqlens: Tensor) -> None:
+        longest = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1 else 0
         if longest > self.config.max_position_embeddings:
             raise ValueError(f"a document of {longest} tokens passes max_position_embeddings={self.config.max_position_embeddings}; cut it")
 
@@ -186,7 +201,9 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
         return torch.zeros(shape, device=device)
     residual = name.endswith(("o_proj.weight", "mlp.down.weight", "shared.down.weight", "mlp.w2"))
     std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
-    generator = torch.Generator(device).manual_seed((seed << 32 | zlib.crc32(name.encode())) % 2**63)
+    # torch's CPU generator reads the low 32 bits of its seed alone, so both numbers must be mixed into all of them.
+    mixed = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    generator = torch.Generator(device).manual_seed(int.from_bytes(mixed) % 2**63)
     return torch.randn(shape, generator=generator, device=device) * std
 
 
