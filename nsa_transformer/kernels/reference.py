@@ -244,13 +244,15 @@ def _selected(k: Tensor, v: Tensor, t: Tensor, config: NSAConfig, blocks: Tensor
 
 def _attend(q: Tensor, branch: _Branch) -> tuple[Tensor, Tensor]:
     """Softmax attention of scaled q [H, T, G, D]: out [H, T, G, Dv], and p [H, T, G, S]. Exactly 0 for a query that sees no key."""
-    all_see = branch.seeing is None or bool(branch.seeing.all())
-    # A row that sees nothing goes through the softmax unmasked, which keeps it finite, and is set to 0 after it.
-    visible = branch.visible if all_see else branch.visible | ~branch.seeing.unsqueeze(-1)
+    visible, seeing = branch.visible, branch.seeing
+    if seeing is not None and bool(seeing.all()):
+        seeing = None
+    if seeing is not None:  # a row that sees nothing goes through the softmax unmasked, which keeps it finite, and is set to 0 after it
+        visible = visible | ~seeing.unsqueeze(-1)
     bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
     p = torch.softmax(_rows_times(q, branch.k.mT).add_(bias.unsqueeze(2)), dim=-1)
-    if not all_see:
-        p *= branch.seeing[..., None, None]
+    if seeing is not None:
+        p *= seeing[..., None, None]
     return _rows_times(p, branch.v), p
 
 
