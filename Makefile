@@ -52,7 +52,7 @@ train: $(TRAIN_READY)
 	$(BIN)/python training/trainer.py model=tiny $(ARGS)
 	@run="$(patsubst run_dir=%,%,$(lastword $(filter run_dir=%,$(ARGS))))"; \
 	[ -n "$$run" ] || run="$$(ls -1dt runs/*/ | head -n 1)"; \
-	echo "Next: $(BIN)/nsa generate $${run%/} --prompt 'def '"
+	echo "Next: $(BIN)/nsa generate $${run%/} --prompt 'def'"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -127,7 +127,7 @@ def _swiglu(hidden: Tensor) -> Tensor:
 
 def _product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     """[R, A] times each row's expert's [A, B]: [R, B]."""
-    if _native(rows):
+    if _native(rows, matrices.shape[2]):
         return F.grouped_mm(rows, matrices, offs=offsets)
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
     start = 0
@@ -139,7 +139,7 @@ def _product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
 
 def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """Each expert's rows [R, A] and [R, B] as left^T right: [E, A, B], zero for an expert without rows."""
-    if _native(left):
+    if _native(left, right.shape[1]):
         return F.grouped_mm(left.mT, right, offs=offsets)
     out = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
     start = 0
@@ -150,9 +150,10 @@ def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def _native(rows: Tensor) -> bool:
-    """torch's grouped kernel is for bf16 on CUDA; elsewhere one product per expert, which reads the offsets on the host."""
-    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16
+def _native(rows: Tensor, width: int) -> bool:
+    """torch's grouped kernel takes bf16 on CUDA, with rows that begin at multiples of 16 bytes. Elsewhere it is one product per
+    expert, which reads the offsets on the host."""
+    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and rows.shape[1] % 8 == 0 and width % 8 == 0
 
 
 def _sum_rows(rows: Tensor, order: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
