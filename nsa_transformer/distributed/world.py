@@ -54,12 +54,19 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the block alone, then the others do: for what rank 0 leaves on disk."""
+        """Rank 0 runs the block alone, then the others do: for what rank 0 leaves on disk. A `ConfigError` of rank 0 is raised on all."""
         if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+            problem = self.broadcast_text(None)
+            if problem is not None:
+                raise ConfigError(problem)
+            yield
+            return
+        try:
+            yield
+        except ConfigError as error:
+            self.broadcast_text(str(error))
+            raise
+        self.broadcast_text(None)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

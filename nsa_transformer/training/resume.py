@@ -28,6 +28,8 @@ def continued_config(config: Config, overrides: Sequence[str]) -> Config:
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
         *parents, last = key.split(".")
+        if parents == ["recipe"]:
+            raise ConfigError(f"{key} counts at the start of a run alone; to change the resumed run write the setting it feeds, such as training.{last}")
         if parents or key not in GROUPS:
             into, take = merged, today
             for parent in parents:

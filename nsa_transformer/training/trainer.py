@@ -246,16 +246,19 @@ class Trainer:
             draw_weights(self.model, config.model, config.training.seed, world.device)
         self.config = config = replace(config, run_dir=str(self.run_dir))
         self.texts = {CONFIG: write_config(config), "tokenizer.json": self.data.tokenizer.to_json()}
-        if world.is_main:
-            try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                for name, text in self.texts.items():
-                    write_atomic(self.run_dir / name, text)
-                if (self.run_dir / "checkpoints").is_dir():
-                    remove_leftovers(self.run_dir / "checkpoints")
-            except OSError as error:
-                raise ConfigError(f"run_dir={self.run_dir} cannot be written ({error.strerror}); name another folder") from None
-        world.barrier()
+        with world.main_first():
+            if world.is_main:
+                self._write_run_dir()
+
+    def _write_run_dir(self) -> None:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            for name, text in self.texts.items():
+                write_atomic(self.run_dir / name, text)
+            if (self.run_dir / "checkpoints").is_dir():
+                remove_leftovers(self.run_dir / "checkpoints")
+        except OSError as error:
+            raise ConfigError(f"run_dir={self.run_dir} cannot be written ({error.strerror}); name another folder") from None
 
     def _restore(self, path: Path) -> None:
         state = load_checkpoint_into(path, self.model, self.optimizer, self.world)
