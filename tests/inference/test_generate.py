@@ -155,9 +155,9 @@ def test_length_limits(model: Transformer):
         next(generate(model, random_tokens(limit + 5).tolist(), 1, GREEDY))
     with pytest.raises(ValueError, match="prompt has no token"):
         next(generate(model, [], 3, GREEDY))
-    with pytest.raises(ValueError, match="^max_new_tokens=-1"):
+    with pytest.raises(ValueError, match=r"^max_new_tokens=-1"):
         next(generate(model, PROMPT, -1, GREEDY))
-    with pytest.raises(ValueError, match="^tokens holds ids"):
+    with pytest.raises(ValueError, match=r"^tokens holds ids"):
         next(generate(model, [10**6], 1, GREEDY))
 
 
@@ -329,9 +329,9 @@ def test_bad_paths_devices_and_dtypes(run: tuple[Path, Transformer, Tokenizer], 
             shutil.copy(folder / "checkpoints" / "step_00000002" / name, export)
         with pytest.raises(ConfigError, match=missing.split(".")[0]):
             load_checkpoint(export)
-    with pytest.raises(ConfigError, match="^dtype=torch.int8"):
+    with pytest.raises(ConfigError, match=r"^dtype=torch.int8"):
         load_checkpoint(folder, dtype=torch.int8)
-    with pytest.raises(ConfigError, match="^device=gpu"):
+    with pytest.raises(ConfigError, match=r"^device=gpu"):
         load_checkpoint(folder, device="gpu")
     if not torch.cuda.is_available():
         for device in ("cuda", "cuda:0"):
