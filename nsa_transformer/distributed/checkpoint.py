@@ -46,7 +46,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"step_\d{8,}", p.name))
+    return sorted((p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"step_\d{8,}", p.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -57,6 +57,8 @@ def find_damage(path: Path, hashes: bool = True) -> str | None:
     """What is wrong with a checkpoint, in a sentence, or None. Without `hashes` only the sizes are compared."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
+        if MODEL not in files:
+            return f"{path / MANIFEST} lists no {MODEL}"
         for name, entry in files.items():
             size = (path / name).stat().st_size
             if size != entry["size"]:
@@ -90,7 +92,7 @@ def save_checkpoint(
     world: World,
     keep: int,
 ) -> Path:
-    """Save a step and then drop the oldest complete checkpoints beyond `keep`. `texts` are further files by name. Every rank must call."""
+    """Save a step and then, of the complete checkpoints up to it, drop the oldest beyond `keep`. `texts` are further files by name. Every rank must call."""
     weights, moments = _gather(model, optimizer, world)
     path = checkpoint_path(run_dir, step)
     if world.is_main:
@@ -101,14 +103,15 @@ def save_checkpoint(
                 (folder / name).write_text(text, encoding="utf-8")
             files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
             (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-        _prune(run_dir, keep)
+        _prune(run_dir, keep, step)
     world.barrier()
     return path
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    """Delete complete checkpoints older than the newest `keep`. One that is being deleted is no checkpoint any more: it is renamed first."""
-    complete = [p for p in list_checkpoints(run_dir) if find_damage(p, hashes=False) is None]
+def _prune(run_dir: Path, keep: int, step: int) -> None:
+    """Delete complete checkpoints older than the newest `keep` up to `step`, which was just saved. Later ones are damaged ones that the
+    run passed over at its start; counting them would cost whole ones. What is being deleted is no checkpoint any more: it is renamed first."""
+    complete = [p for p in list_checkpoints(run_dir) if step_of(p) <= step and find_damage(p, hashes=False) is None]
     for path in complete[:-keep]:
         doomed = path.with_name(f".{path.name}{MARK}{os.getpid()}-deleting")  # remove_leftovers knows it, should a kill interrupt the deletion
         path.rename(doomed)
@@ -176,7 +179,10 @@ def load_checkpoint_into(path: Path, model: Transformer, optimizer: torch.optim.
     names = {parameter: name for name, parameter in model.named_parameters()}
     try:
         with safe_open(path / OPTIMIZER, "pt") as saved:
-            for group in optimizer.param_groups:
+            # Every update so far may have been skipped; then AdamW has no moments yet.
+            has_moments = any(key.startswith("step/") for key in saved.keys())  # noqa: SIM118
+            optimizer.state.clear()
+            for group in optimizer.param_groups if has_moments else ():
                 for parameter in group["params"]:
                     name = names[parameter]
                     step = saved.get_tensor(f"step/{name}")
@@ -200,8 +206,9 @@ def resolve_weights(path: str, key: str) -> Path:
         raise ConfigError(f"{key}={path} does not exist; name a run, one checkpoint of it, or an export")
     if not folder.is_dir():
         raise ConfigError(f"{key}={path} is a file; name the folder of a run, a checkpoint or an export")
-    if (folder / MODEL).exists() or (folder / MANIFEST).exists():
-        if (folder / MANIFEST).exists() and (damage := find_damage(folder)):
+    is_checkpoint = any((folder / name).exists() for name in (MANIFEST, OPTIMIZER, STATE))  # an export has none of them
+    if is_checkpoint or (folder / MODEL).exists():
+        if is_checkpoint and (damage := find_damage(folder)):
             raise ConfigError(f"{key}={path} is damaged: {damage}; name another checkpoint")
         return folder
     checkpoints = list_checkpoints(folder)

@@ -43,7 +43,8 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     logits = logits.float()
     if config.temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    logits = logits / config.temperature
+    # In float64 and from the largest down, so that a tiny temperature gives the most likely token and not infinities.
+    logits = ((logits - logits.max()).double() / config.temperature).float()
     if config.top_k is not None and config.top_k < len(logits):
         kept = logits.topk(config.top_k).indices
         logits = torch.full_like(logits, -torch.inf).index_copy_(0, kept, logits[kept])
@@ -122,9 +123,8 @@ def generate_text(
         if found:
             yield pending, text[shown : min(found)]
             return
-        held = max((_overlap(text, s) for s in stop), default=0)
-        safe = len(text.rstrip("\ufffd")) if text.endswith("\ufffd") else len(text)
-        end = min(safe, len(text) - held)
+        safe = text.rstrip("\ufffd")
+        end = len(safe) - max((_overlap(safe, s) for s in stop), default=0)
         if end > shown:
             yield pending, text[shown:end]
             shown, pending = end, []

@@ -25,9 +25,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     Raises:
         ConfigError: a ValueError that says what is missing or damaged.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"dtype={dtype} cannot hold weights; give torch.bfloat16, torch.float16, torch.float32 or None")
+    target = _device(device)
     folder = resolve_weights(str(path), "path")
     config = read_config(folder)
-    target = choose_device(device) if device in ("auto", "cpu", "cuda") else torch.device(device)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {config.model.vocab_size}")
@@ -41,6 +43,17 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
             if not name.endswith("router.weight"):
                 parameter.data = parameter.data.to(dtype)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device in ("auto", "cpu", "cuda"):
+        return choose_device(str(device))
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device} is not there ({str(error).splitlines()[0]}); write cpu, cuda or auto") from None
+    return target
 
 
 def saved_kv_cache(path: str | Path) -> KVCacheConfig:

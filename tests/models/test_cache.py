@@ -125,5 +125,5 @@ def test_memory_grows_by_doubling():
 
 def test_a_cache_excludes_a_pack():
     model = small_model()
-    with pytest.raises(ValueError, match="^cu_seqlens and cache"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens and cache"):
         model(random_tokens(4), torch.tensor([0, 4], dtype=torch.int32), cache=model.new_cache())

@@ -39,7 +39,7 @@ def brute_force(config: ModelConfig, length: int) -> int:
 @pytest.mark.parametrize("nsa", GEOMETRIES, ids=range(len(GEOMETRIES)))
 def test_attention_pairs(nsa: NSAConfig, attention: str):
     config = ModelConfig(nsa=nsa, attention=attention)
-    for length in range(0, 140):
+    for length in range(140):
         assert attention_pairs(config, length) == brute_force(config, length), length
 
 

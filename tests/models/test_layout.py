@@ -87,5 +87,5 @@ def test_start_shifts_the_positions_of_tokens():
     ids=lambda cu: f"{cu.tolist()} {cu.dtype}" if isinstance(cu, torch.Tensor) and cu.device.type == "cpu" else str(cu),
 )
 def test_bad_boundaries_name_the_argument(cu_seqlens):
-    with pytest.raises(ValueError, match="^cu_seqlens is"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens is"):
         PackLayout.build(10, cu_seqlens, GEOMETRIES["overlapping"], ROPE, CPU)

@@ -1,0 +1,349 @@
+"""Sampling and generation against hand values and one prefill after the other; loading what a run saved."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_transformer import Transformer, load_checkpoint
+from nsa_transformer.config import Config, ConfigError, DataConfig, KVCacheConfig, MemoryConfig, TrainingConfig
+from nsa_transformer.data.tokenizer import Tokenizer, train_tokenizer
+from nsa_transformer.distributed.checkpoint import save_checkpoint, write_config
+from nsa_transformer.distributed.world import World
+from nsa_transformer.inference import generate as module
+from nsa_transformer.inference.generate import SamplingConfig, generate, generate_text, next_token_probabilities
+from nsa_transformer.inference.load import saved_kv_cache
+from nsa_transformer.training.optimizer import build_optimizer
+
+from ..models.small import random_tokens, small_config, small_model
+
+GREEDY = SamplingConfig(temperature=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- probabilities
+
+
+def probabilities(p: Sequence[float], **sampling) -> list[float]:
+    """Of a model that gives the probabilities p."""
+    logits = torch.tensor(p, dtype=torch.float64).log().float() + 3.0
+    found = next_token_probabilities(logits, SamplingConfig(**{"temperature": 1.0, **sampling}))
+    assert found.dtype == torch.float32 and found.sum() == pytest.approx(1.0)
+    return found.tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        ({"temperature": 0}, [0, 1, 0, 0]),
+        ({"temperature": 0, "top_k": 3, "top_p": 0.9}, [0, 1, 0, 0]),
+        ({"temperature": 1e-40}, [0, 1, 0, 0]),
+        ({"temperature": 1e30}, [0.25] * 4),
+        ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"top_k": 3}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"top_k": 9}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_p": 0.35}, [0, 1, 0, 0]),
+        ({"top_p": 0.45}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"top_p": 0.95}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        # Temperature before top-p: at 0.5 the two likeliest reach 25/30, at 1 it takes three to reach 0.8.
+        ({"temperature": 0.5, "top_p": 0.8}, [0, 16 / 25, 0, 9 / 25]),
+        ({"temperature": 1.0, "top_p": 0.8}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        # Top-k before top-p: of the two kept, the first has 4/7 = 0.571 and suffices for 0.5, and would not have by its 0.4.
+        ({"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),
+        ({"top_k": 2, "top_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+    ],
+    ids=str,
+)
+def test_probabilities_by_hand(sampling: dict, expected: list[float]):
+    assert probabilities([0.1, 0.4, 0.2, 0.3], **sampling) == pytest.approx(expected, abs=1e-6)
+
+
+def test_ties_keep_exactly_k_and_the_fewest():
+    assert sorted(probabilities([0.25] * 4, top_k=2)) == pytest.approx([0, 0, 0.5, 0.5])
+    assert sorted(probabilities([0.25] * 4, top_p=0.3)) == pytest.approx([0, 0, 0.5, 0.5])
+    assert probabilities([0.25] * 4, temperature=0) == [1, 0, 0, 0]
+
+
+def test_impossible_tokens_stay_impossible_and_half_precision_is_enough():
+    logits = torch.tensor([1.0, -math.inf, 2.0]).bfloat16()
+    found = next_token_probabilities(logits, SamplingConfig(temperature=2.0, top_k=3, top_p=0.999))
+    assert found.dtype == torch.float32 and found[1] == 0 and found[2] > found[0] > 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": math.nan}, {"seed": -1}],
+    ids=str,
+)
+def test_bad_sampling_names_the_setting(bad: dict):
+    with pytest.raises(ValueError, match=f"^{next(iter(bad))}="):
+        SamplingConfig(**bad)
+
+
+# -------------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return small_model(tie_embeddings=False).eval()
+
+
+PROMPT = random_tokens(11).tolist()
+
+
+@pytest.mark.parametrize("chunk", [4096, 3])
+def test_greedy_is_the_argmax_of_a_prefill_at_each_step(model: Transformer, monkeypatch: pytest.MonkeyPatch, chunk: int):
+    monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
+    ids = list(PROMPT)
+    with torch.no_grad():
+        for token in generate(model, PROMPT, 30, GREEDY):
+            logits = model(torch.tensor(ids))[-1]
+            assert logits[token] >= logits.max() - 1e-4
+            ids.append(token)
+    assert len(ids) == len(PROMPT) + 30 and len(set(ids[len(PROMPT) :])) > 3
+
+
+def test_the_same_seed_gives_the_same_ids(model: Transformer):
+    def ids(seed: int | None) -> list[int]:
+        return list(generate(model, PROMPT, 25, SamplingConfig(temperature=1.5, seed=seed)))
+
+    torch.manual_seed(0)
+    first = ids(3)
+    torch.manual_seed(1)
+    assert ids(3) == first, "whatever the global generator does"
+    before = torch.get_rng_state()
+    assert ids(4) != first and ids(None) != ids(None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_samples_follow_the_probabilities(model: Transformer):
+    sampling = SamplingConfig(temperature=2.0, top_k=5)
+    with torch.no_grad():
+        expected = next_token_probabilities(model(torch.tensor(PROMPT))[-1], sampling)
+    drawn = [next(generate(model, PROMPT, 1, SamplingConfig(temperature=2.0, top_k=5, seed=seed))) for seed in range(200)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(expected)) / 200
+    assert (counts[expected == 0] == 0).all()
+    assert (counts - expected).abs().max() < 0.14  # four standard deviations
+
+
+def test_end_of_document_stops(model: Transformer):
+    ids = list(generate(model, PROMPT, 20, GREEDY))
+    end = ids[7]
+    assert list(generate(model, PROMPT, 20, GREEDY, eod_id=end)) == ids[: ids.index(end)]
+    assert list(generate(model, PROMPT, 20, GREEDY, eod_id=10**6)) == ids
+
+
+def test_length_limits(model: Transformer):
+    limit = model.config.max_position_embeddings
+    long = random_tokens(limit - 2).tolist()
+    assert len(list(generate(model, long, 2, GREEDY))) == 2
+    assert list(generate(model, random_tokens(limit).tolist(), 0, GREEDY)) == []
+    assert list(generate(model, PROMPT, 0, GREEDY)) == []
+    with pytest.raises(ValueError, match=rf"max_position_embeddings={limit}.*ask for 2 new tokens"):
+        next(generate(model, long, 3, GREEDY))
+    with pytest.raises(ValueError, match="ask for 0 new tokens"):
+        next(generate(model, random_tokens(limit + 5).tolist(), 1, GREEDY))
+    with pytest.raises(ValueError, match="prompt has no token"):
+        next(generate(model, [], 3, GREEDY))
+    with pytest.raises(ValueError, match=r"^max_new_tokens=-1"):
+        next(generate(model, PROMPT, -1, GREEDY))
+    with pytest.raises(ValueError, match=r"^tokens holds ids"):
+        next(generate(model, [10**6], 1, GREEDY))
+
+
+# ------------------------------------------------------------------------------------------------------------- stop texts
+
+
+class Bytes:
+    """A tokenizer of which we choose the tokens; id 0 ends the document."""
+
+    eod_id = 0
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.pieces = [b"", *pieces]
+        self.vocab_size = len(self.pieces)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self.pieces[i] for i in ids)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, pieces: Sequence[bytes], stop: Sequence[str]) -> tuple[list[list[int]], list[str]]:
+    """What `generate_text` yields where the model says exactly these pieces."""
+
+    def script(*_args) -> Iterator[int]:
+        yield from range(1, len(pieces) + 1)
+
+    monkeypatch.setattr(module, "generate", script)
+    parts = list(generate_text(None, Bytes(pieces), [1], 99, GREEDY, stop))  # type: ignore[arg-type]
+    return [ids for ids, _ in parts], [text for _, text in parts]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", [], "one two three"),
+        ("one two three", ["two"], "one "),
+        ("one two three", ["four"], "one two three"),
+        ("one two three", ["e t", "ne"], "o"),
+        ("one two three", ["two", "one two"], ""),
+        ("one two three", ["three!"], "one two three"),
+        ("aaab", ["aab"], "a"),
+        ("abababc", ["ababc"], "ab"),
+        ("x\n\ny", ["\n\n"], "x"),
+        ("price: 5 € or 6 €.", ["€ or"], "price: 5 "),
+        ("añb", ["ñ"], "a"),
+        ("ab€cd", ["b€"], "a"),
+        ("日本語です", ["語"], "日本"),
+        ("日本語です", ["本語で?"], "日本語です"),
+        ("😀😀😁", ["😀😁"], "😀"),
+    ],
+)
+def test_stop_texts_whatever_the_tokens(monkeypatch: pytest.MonkeyPatch, text: str, stop: list[str], expected: str):
+    """Cut into tokens of 1, 2, 3, … bytes: characters and stop texts span them. What was shown is never taken back."""
+    data = text.encode()
+    for size in range(1, len(data) + 1):
+        pieces = [data[i : i + size] for i in range(0, len(data), size)]
+        ids, parts = scripted(monkeypatch, pieces, stop)
+        assert "".join(parts) == expected, size
+        flat = list(itertools.chain(*ids))
+        assert flat == list(range(1, len(flat) + 1)), "each id once, in order"
+        if expected == text:
+            assert len(flat) == len(pieces)
+
+
+def test_text_comes_as_soon_as_it_is_certain(monkeypatch: pytest.MonkeyPatch):
+    ids, parts = scripted(monkeypatch, [b"a", b"b", b"S", b"x", b"\xe2", b"\x82", b"\xac", b"ST"], ["ST"])
+    assert list(zip(ids, parts, strict=True)) == [([1], "a"), ([2], "b"), ([3, 4], "Sx"), ([5, 6, 7], "€"), ([8], "")]
+
+
+def test_bytes_that_are_no_text_come_at_the_end(monkeypatch: pytest.MonkeyPatch):
+    assert "".join(scripted(monkeypatch, [b"a", b"\xff", b"b", b"\xe2\x82"], [])[1]) == "a\ufffdb\ufffd"
+
+
+def test_an_empty_stop_text_is_refused(model: Transformer):
+    with pytest.raises(ValueError, match="stop text is empty"):
+        next(generate_text(model, Bytes([b"x"] * 99), PROMPT, 5, GREEDY, [""]))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Transformer, Tokenizer]:
+    """A run of two checkpoints, the model of the newer one, and the tokenizer."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 50], 280)
+    model_config = small_config(vocab_size=300)
+    config = Config(model=model_config, data=DataConfig(max_length=128), memory=MemoryConfig(kv_cache=KVCacheConfig(threshold=77)))
+    texts = {"config.yaml": write_config(config), "tokenizer.json": tokenizer.to_json()}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    for step in (1, 2):
+        model = small_model(model_config, seed=step)
+        model.update_router_bias(torch.tensor([[5, 1, 0, 0]]))
+        optimizer = build_optimizer(model, TrainingConfig())
+        save_checkpoint(folder, step, model, optimizer, {"step": step}, texts, World(0, 1, torch.device("cpu"), None), 5)
+    return folder, model.eval(), tokenizer
+
+
+def test_load_a_run_a_checkpoint_and_a_copied_folder(run: tuple[Path, Transformer, Tokenizer], tmp_path: Path):
+    folder, model, tokenizer = run
+    newest = folder / "checkpoints" / "step_00000002"
+    export = tmp_path / "export"
+    export.mkdir()
+    for name in ("config.yaml", "model.safetensors", "tokenizer.json"):
+        shutil.copy(newest / name, export)
+    ids = tokenizer.encode("the lazy fox")
+    moved = shutil.copytree(newest, tmp_path / "copied")
+    for path in (folder, str(folder), newest, moved, export):
+        loaded, its_tokenizer = load_checkpoint(path)
+        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        assert its_tokenizer.encode("the lazy fox") == ids and its_tokenizer.decode(ids) == "the lazy fox"
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+        assert torch.equal(loaded(torch.tensor(ids)), model(torch.tensor(ids)).detach())
+        assert all(buffer.device.type == "cpu" for buffer in loaded.buffers())
+    older, _ = load_checkpoint(folder / "checkpoints" / "step_00000001")
+    assert not torch.equal(older.embedding.weight, model.embedding.weight)
+    assert saved_kv_cache(folder).threshold == saved_kv_cache(newest).threshold == 77
+
+
+def test_load_passes_over_a_damaged_checkpoint(run: tuple[Path, Transformer, Tokenizer], tmp_path: Path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    os.truncate(folder / "checkpoints" / "step_00000002" / "model.safetensors", 1000)
+    loaded, _ = load_checkpoint(folder)
+    older, _ = load_checkpoint(folder / "checkpoints" / "step_00000001")
+    torch.testing.assert_close(loaded.state_dict(), older.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_load_in_half_precision(run: tuple[Path, Transformer, Tokenizer], dtype: torch.dtype):
+    folder, model, tokenizer = run
+    loaded, _ = load_checkpoint(folder, dtype=dtype)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.endswith("router.weight") else dtype), name
+    assert all(buffer.dtype == torch.float32 for buffer in loaded.buffers()), "the balancing bias"
+    tokens = torch.tensor(tokenizer.encode("the quick brown fox " * 5))
+    with torch.no_grad():
+        half, whole = loaded(tokens), model(tokens)
+    assert half.dtype == dtype and half.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(half.float(), whole, dim=-1).median() > 0.95
+    cache = loaded.new_cache()
+    with torch.no_grad():
+        stepped = torch.cat([loaded(tokens[i : i + 1], cache=cache) for i in range(len(tokens))])
+    assert torch.nn.functional.cosine_similarity(stepped.float(), half.float(), dim=-1).median() > 0.98
+    assert len(list(generate(loaded, tokens.tolist(), 5, SamplingConfig(seed=0)))) == 5
+
+
+def test_generate_text_of_a_loaded_run(run: tuple[Path, Transformer, Tokenizer]):
+    """The model has 300 rows and the tokenizer 280 tokens: the surplus is never drawn."""
+    model, tokenizer = load_checkpoint(run[0])
+    assert (model.config.vocab_size, tokenizer.vocab_size) == (300, 280)
+    seen = [i for seed in range(4) for i in generate(model, [1, 2, 3], 50, SamplingConfig(temperature=5.0, seed=seed), num_tokens=280)]
+    assert max(seen) < 280 and len(set(seen)) > 50
+    parts = list(generate_text(model, tokenizer, tokenizer.encode("the"), 20, SamplingConfig(seed=1)))
+    ids = [i for part, _ in parts for i in part]
+    assert "".join(text for _, text in parts) == tokenizer.decode_bytes(ids).decode(errors="replace") and 0 < len(ids) <= 20
+
+
+def test_bad_paths_devices_and_dtypes(run: tuple[Path, Transformer, Tokenizer], tmp_path: Path):
+    folder = run[0]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for path in ("nowhere", "empty", "file"):
+        with pytest.raises(ConfigError, match=rf"{path}\b"):
+            load_checkpoint(tmp_path / path)
+    for missing in ("config.yaml", "tokenizer.json"):
+        export = tmp_path / f"without-{missing}"
+        export.mkdir()
+        for name in {"config.yaml", "model.safetensors", "tokenizer.json"} - {missing}:
+            shutil.copy(folder / "checkpoints" / "step_00000002" / name, export)
+        with pytest.raises(ConfigError, match=missing.split(".")[0]):
+            load_checkpoint(export)
+    with pytest.raises(ConfigError, match=r"^dtype=torch.int8"):
+        load_checkpoint(folder, dtype=torch.int8)
+    with pytest.raises(ConfigError, match=r"^device=gpu"):
+        load_checkpoint(folder, device="gpu")
+    if not torch.cuda.is_available():
+        for device in ("cuda", "cuda:0"):
+            with pytest.raises(ConfigError, match="cuda"):
+                load_checkpoint(folder, device=device)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(run: tuple[Path, Transformer, Tokenizer], tmp_path: Path):
+    export = tmp_path / "export"
+    export.mkdir()
+    for name in ("config.yaml", "model.safetensors"):
+        shutil.copy(run[0] / "checkpoints" / "step_00000002" / name, export)
+    train_tokenizer([" ".join(map(str, range(5000)))], 400).save(export)
+    with pytest.raises(ConfigError, match="tokenizer has 400 tokens"):
+        load_checkpoint(export)
