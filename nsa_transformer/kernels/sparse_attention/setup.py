@@ -2,5 +2,5 @@
 
 import sys
 
-print('error: the CUDA extension is not there yet; nsa_attention runs on its reference backend (nsa doctor lists what works)', file=sys.stderr)
+print("error: the CUDA extension is not there yet; nsa_attention runs on its reference backend (nsa doctor lists what works)", file=sys.stderr)
 sys.exit(2)
