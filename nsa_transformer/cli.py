@@ -30,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return options.call(options)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"error: {error}" if error.filename is None else f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -98,18 +101,19 @@ def _generate(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_checkpoint(options.run, device, dtype)
-    prompt_ids = tokenizer.encode(options.prompt)
+    try:
+        prompt_ids = tokenizer.encode(options.prompt)
+    except UnicodeEncodeError:
+        raise ConfigError("--prompt is not valid UTF-8") from None
     pieces = generate_text(model, tokenizer, prompt_ids, options.max_new_tokens, sampling, options.stop)
-    if not options.json:
-        print(options.prompt, end="", flush=True)
     ids: list[int] = []
     text = ""
     for new_ids, piece in pieces:
+        if not options.json:
+            print(piece if ids else options.prompt + piece, end="", flush=True)
         ids += new_ids
         text += piece
-        if not options.json:
-            print(piece, end="", flush=True)
-    print(json.dumps({"prompt_ids": prompt_ids, "ids": ids, "text": text}) if options.json else "")
+    print(json.dumps({"prompt_ids": prompt_ids, "ids": ids, "text": text}) if options.json else "" if ids else options.prompt)
     return 0
 
 
@@ -132,7 +136,6 @@ def _tokenizer_encode(options: argparse.Namespace) -> int:
     import numpy as np
 
     from nsa_transformer.data.tokenizer import Tokenizer
-    from nsa_transformer.utils.files import write_atomic
 
     tokenizer = Tokenizer.load(options.tokenizer)
     try:
@@ -142,7 +145,7 @@ def _tokenizer_encode(options: argparse.Namespace) -> int:
     ids = tokenizer.encode(text)
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(ids, dtype=np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32))
-    write_atomic(options.output, buffer.getvalue())
+    _write(options.output, buffer.getvalue())
     print(f"wrote {options.output}: {len(ids)} tokens of {len(text.encode())} bytes")
     return 0
 
@@ -151,7 +154,6 @@ def _tokenizer_decode(options: argparse.Namespace) -> int:
     import numpy as np
 
     from nsa_transformer.data.tokenizer import Tokenizer
-    from nsa_transformer.utils.files import write_atomic
 
     tokenizer = Tokenizer.load(options.tokenizer)
     try:
@@ -163,9 +165,18 @@ def _tokenizer_decode(options: argparse.Namespace) -> int:
     wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
     if len(wrong):
         raise ConfigError(f"{options.file} holds {wrong[0]}, which is no token of {options.tokenizer}: it has {tokenizer.vocab_size}, from 0 on")
-    write_atomic(options.output, tokenizer.decode_bytes(ids.tolist()))
+    _write(options.output, tokenizer.decode_bytes(ids.tolist()))
     print(f"wrote {options.output}: {len(ids)} tokens")
     return 0
+
+
+def _write(output: str, content: bytes) -> None:
+    from nsa_transformer.utils.files import write_atomic
+
+    try:
+        write_atomic(output, content)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written ({error.strerror})") from None
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -72,7 +72,9 @@ class World:
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto`, `cpu` or `cuda` as this rank's device. Raises `ConfigError` for `cuda` without a GPU, or more ranks than GPUs."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("training.device=cuda, but torch finds no GPU here; write training.device=cpu (nsa doctor tells what torch sees)")
+        raise ConfigError(
+            "the device is to be cuda, but torch finds no GPU here; write training.device=cpu, or --device cpu (nsa doctor tells what torch sees)"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # Asked of the number of ranks, which all of them know, since rank 0 alone speaks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ class StopSignal:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._deferred and not self.received:
             self.received = number
+            if os.environ.get("RANK", "0") == "0":
+                # A long step can follow; os.write, since print is not safe where a signal may have interrupted a print.
+                os.write(2, b"stopping after this step; a second signal stops at once, without saving\n")
         else:
             raise Stopped(number)
 

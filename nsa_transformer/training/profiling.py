@@ -38,6 +38,7 @@ class Profiler:
         if not self.config.enabled:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's tracer writes lines of its own to the screen
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
