@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nsa_transformer.config import ConfigError
+from nsa_transformer.utils.threads import limit_spinning
 
 # Commands that have their place but are not built yet; each refuses by name.
 PLANNED = {
@@ -22,6 +23,7 @@ PLANNED = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    limit_spinning()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nsa_transformer.config import Config, ConfigError, build_config, unknown_key_message
+from nsa_transformer.utils.threads import limit_spinning
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 GROUPS = ("model", "training", "memory", "data", "logging")
@@ -73,6 +74,7 @@ def explain(error: Exception) -> str:
 
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them and exiting with 1
+    limit_spinning()
     from nsa_transformer.training.faults import TrainingError
     from nsa_transformer.training.resume import continued_config
     from nsa_transformer.training.trainer import Trainer
