@@ -198,6 +198,7 @@ class RecipeConfig:
     eval_every: int = doc("Becomes training.eval_every.", 200)
     checkpoint_every: int = doc("Becomes training.checkpoint_every.", 200)
     precision: Literal["bf16", "fp32"] = doc("Becomes training.precision.", "bf16")
+    cpu_threads: int | None = doc("Becomes training.cpu_threads.", None)
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,7 @@ class TrainingConfig:
     )
     init_from: str | None = doc("Start from the weights of a run, checkpoint or export, with a fresh optimizer.", None)
     device: Literal["auto", "cpu", "cuda"] = doc("auto: cuda where there is one.", "auto")
+    cpu_threads: int | None = doc("Threads of each rank's matrix products on a CPU. null: torch's own choice, which is every core or OMP_NUM_THREADS.", None)
     expert_parallel_size: int = doc("Ranks that share one set of experts.", 1)
     context_parallel_size: int = doc("Ranks that share one pack.", 1)
 
@@ -251,6 +253,7 @@ class TrainingConfig:
             "context_parallel_size",
         )
         _not_negative(self, "warmup_steps", "weight_decay", "eval_every", "checkpoint_every", "seed")
+        _need(self.cpu_threads is None or self.cpu_threads > 0, f"cpu_threads={self.cpu_threads} must be greater than 0, or null for torch's own choice")
         _need(self.seed < 2**63, f"seed={self.seed} must be below 2**63")
         _need(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio={self.min_lr_ratio} must lie in 0 … 1")
         _need(0 < self.decay_fraction <= 1, f"decay_fraction={self.decay_fraction} must lie in 0 … 1, above 0")

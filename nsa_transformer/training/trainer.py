@@ -226,6 +226,8 @@ class Trainer:
         config = self.config
         _announce(config, world, self.console)
         torch.manual_seed(config.training.seed + world.rank)
+        if world.device.type == "cpu" and config.training.cpu_threads is not None:
+            torch.set_num_threads(config.training.cpu_threads)
         self.doing = "reading the data"
         with world.main_first():
             self.data: TextData = open_data(config.data, config.model.vocab_size, config.training.seed, self.console.info)
