@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from nsa_transformer.config import ConfigError, TrainingConfig
+from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.training.faults import Stopped, StopSignal, TrainingError
 from nsa_transformer.training.metrics import read_metrics
 from nsa_transformer.training.optimizer import build_optimizer, learning_rate
@@ -311,6 +312,31 @@ def test_killed_at_random_moments(tmp_path: Path, uninterrupted: tuple[Any, ...]
         assert finish(process) in (-signal.SIGKILL, 0)
     assert finish(start(tmp_path, "training.resume=auto")) == 0
     is_the_same_run(tmp_path, uninterrupted)
+
+
+def test_a_signal_between_two_passes_gives_the_step_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save does not wait for a long step; the resumed run makes that step whole."""
+    settings = ("training.batch_size=4", "training.micro_batch_size=1", "training.max_steps=3")
+    write_corpus(tmp_path / "a" / "text")
+    write_corpus(tmp_path / "b" / "text")
+    assert Trainer(small_config(tmp_path / "a", *settings)).train() == 0
+    forward, passes = Transformer.forward, 0
+
+    def counted(self: Transformer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += self.training and "targets" in kwargs
+        if passes == 6:  # the second pass of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "forward", counted)
+        assert Trainer(small_config(tmp_path / "b", *settings)).train() == 143
+    assert passes == 6
+    assert [path.name for path in (tmp_path / "b" / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+    assert Trainer(small_config(tmp_path / "b", *settings, "training.resume=auto")).train() == 0
+    assert steady_rows(tmp_path / "b" / "run") == steady_rows(tmp_path / "a" / "run")
+    assert final_files(tmp_path / "b" / "run")["model.safetensors"] == final_files(tmp_path / "a" / "run")["model.safetensors"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

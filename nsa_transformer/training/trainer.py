@@ -91,7 +91,12 @@ class Trainer:
             meter = Meter(self.config, world)
             stopped = 0  # the signal that some rank received, as all ranks know it
             while progress.step < config.max_steps and not stopped:
-                row = self._step(world, meter)
+                passes = self._passes(world, meter, stop)
+                if passes is None:
+                    stopped = world.largest(stop.received)
+                    self._save()
+                    break
+                row = self._update(*passes, world, meter)
                 profiler.step()
                 self.console.advance(progress.step, meter.last_step_seconds)
                 last = progress.step == config.max_steps
@@ -113,21 +118,22 @@ class Trainer:
         write_report(self.config, self.run_dir, self.model, self.data, self.validation, self.evaluation, progress.next_pack, world, self.console)
         return 0
 
-    def _step(self, world: World, meter: Meter) -> dict[str, Any] | None:
-        """One optimizer step over `batch_size` packs; a row of metrics, or None where the update was skipped."""
-        config, progress = self.config.training, self.progress
+    def _passes(self, world: World, meter: Meter, stop: StopSignal) -> tuple[Tensor, Tensor, int] | None:
+        """Gradients of one optimizer step over `batch_size` packs, with the summed loss, expert loads and number of targets.
+
+        None where a signal came between two passes: a long step is given up, and made whole after the resume.
+        """
+        config = self.config.training
         self.doing = "making a training step"
         packs = self._packs_of_step(world)
         meter.data_ready()
         # Every token of the step weighs the same, whatever pack, pass or rank it is in.
         num_targets = max(int(world.sum(torch.stack([(p.targets != IGNORE).sum() for p in packs]).sum())), 1)
-        rate = learning_rate(progress.step + 1, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-        loss = torch.zeros((), device=world.device)
-        load: Tensor | int = 0
+        loss, load = torch.zeros((), device=world.device), torch.zeros((), dtype=torch.int64, device=world.device)
         for start in range(0, len(packs), config.micro_batch_size):
+            if start and world.largest(stop.received):
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
             pack = merge_packs(packs[start : start + config.micro_batch_size])
             meter.count(pack)
             pack = pack.to(world.device)
@@ -138,13 +144,20 @@ class Trainer:
             ((out.loss + out.auxiliary) * (world.size / num_targets)).backward()
             loss += out.loss.detach()
             load = load + out.load
+        return loss, load, num_targets
+
+    def _update(self, loss: Tensor, load: Tensor, num_targets: int, world: World, meter: Meter) -> dict[str, Any] | None:
+        """Clip, check, step; a row of metrics, or None where the update was skipped."""
+        config, progress = self.config.training, self.progress
+        rate = learning_rate(progress.step + 1, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         loss = world.sum(loss) / num_targets
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
 
         finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if finite:
             self.optimizer.step()
-            assert isinstance(load, Tensor)
             load = world.sum(load)
             self.model.update_router_bias(load)
         self.optimizer.zero_grad(set_to_none=True)
@@ -157,7 +170,7 @@ class Trainer:
             return None
         progress.bad_steps = 0
         row = {"step": progress.step, "tokens": progress.tokens, "loss": loss.item(), "lr": rate, "grad_norm": grad_norm.item()}
-        if isinstance(load, Tensor) and load.numel():
+        if load.numel():
             row["expert_load_max_over_mean"] = float((load.max(-1).values / load.float().mean(-1).clamp(min=1e-9)).max())
         return row
 
