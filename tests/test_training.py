@@ -401,3 +401,20 @@ if __name__ == "__main__":
         golden_rows = trained(Path(temporary), *GOLDEN_RUN)
     values = {key: losses(golden_rows, key) for key in ("loss", "val_loss", "tokens")}
     GOLDEN.write_text(json.dumps(values, indent=1) + "\n")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path) -> None:
+    """One graph per kind of block, without a break, whatever the number of documents in a pack."""
+    import torch._dynamo
+
+    losses = []
+    for name, compiled in (("a", "false"), ("b", "true")):
+        write_corpus(tmp_path / name / "text")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        assert Trainer(small_config(tmp_path / name, f"training.compile={compiled}")).train() == 0
+        losses.append([row["loss"] for row in steady_rows(tmp_path / name / "run") if "loss" in row])
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

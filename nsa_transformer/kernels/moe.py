@@ -43,6 +43,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
 
 
 def _reference(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    _check_values(indices, w13.shape[0])
     out = torch.zeros(x.shape, dtype=_accumulator(x), device=x.device)
     for expert in range(w13.shape[0]):
         token, place = torch.where(indices == expert)
@@ -59,6 +60,7 @@ def _reference(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Ten
 @torch.library.custom_op("nsa_transformer::experts_grouped", mutates_args=())
 def _grouped(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """The output [T, H] and the pre-activations [R, 2I] in expert order."""
+    _check_values(indices, w13.shape[0])
     order, offsets = _sort(indices, w13.shape[0])
     hidden = _product(x[order // indices.shape[1]], w13.mT, offsets)
     y = _product(_swiglu(hidden), w2.mT, offsets)
@@ -194,5 +196,9 @@ def _check(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor)
         raise ValueError(f"indices has shape {list(indices.shape)}; give [{tokens}, top_k]")
     if weights.shape != indices.shape:
         raise ValueError(f"weights has shape {list(weights.shape)}; give indices' {list(indices.shape)}")
-    if x.device.type == "cpu" and indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < num_experts):
+
+
+def _check_values(indices: Tensor, num_experts: int) -> None:
+    """On the CPU alone, and inside the backends: at the door torch.compile would break its graph to read the values."""
+    if indices.device.type == "cpu" and indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < num_experts):
         raise ValueError(f"indices holds {int(indices.min())} … {int(indices.max())}; experts are 0 … {num_experts - 1}")

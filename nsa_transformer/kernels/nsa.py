@@ -78,8 +78,6 @@ def nsa_attention(
     _check_boundaries(q, cu_seqlens, cu_seqlens_k, q_start)
     if q_start is None:
         q_start = cu_seqlens_k.diff() - cu_seqlens.diff()
-    if q.device.type == "cpu" or os.environ.get("NSA_CHECK") == "1":
-        _check_values(queries, keys, k_cmp.shape[0], cu_seqlens, cu_seqlens_k, q_start, blocks, config)
     out, used = _reference_op(
         q, *keys_values, gates, cu_seqlens, cu_seqlens_k, q_start, blocks, _geometry(config), q.shape[-1] ** -0.5 if scale is None else float(scale)
     )
@@ -124,6 +122,10 @@ def _reference_op(
     geometry: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    config = NSAConfig(*geometry)
+    # Here and not at the door, where torch.compile would break its graph to read the values.
+    if q.device.type == "cpu" or os.environ.get("NSA_CHECK") == "1":
+        _check_values(q.shape[0], k_slc.shape[0], k_cmp.shape[0], cu_seqlens, cu_seqlens_k, q_start, blocks, config)
     with torch.autocast(q.device.type, enabled=False):
         boundaries = (cu_seqlens.tolist(), cu_seqlens_k.tolist(), q_start.tolist())
         return reference.attention_forward(q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates, _config(geometry), *boundaries, blocks, scale)

@@ -48,7 +48,8 @@ def evaluate(model: nn.Module, packs: Sequence[Pack], byte_lengths: np.ndarray, 
     num_bytes = torch.zeros((), dtype=torch.int64, device=world.device)
     load: Tensor | None = None
     model.eval()
-    with _recorded_gates(model) as gates:
+    # Hooks and the absence of gradients would each compile the blocks anew.
+    with torch.compiler.set_stance("force_eager"), _recorded_gates(model) as gates:
         # Every rank makes the same number of passes, since a sharded model gathers its weights in each; a surplus one counts nothing.
         for start in range(0, len(packs), world.size):
             index = start + world.rank

@@ -83,7 +83,9 @@ def _sample(config: Config, model: Transformer, data: TextData, validation: Sequ
     count = min(config.logging.sample_tokens, config.model.max_position_embeddings - length)
     model.eval()
     sampling = SamplingConfig(temperature=0.8, top_p=0.95, seed=config.training.seed)
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.training.precision == "bf16")
+    # A growing cache would compile the blocks anew at each token.
+    with torch.compiler.set_stance("force_eager"), autocast:
         ids = list(generate(model, prompt, count, sampling, data.tokenizer.eod_id, data.tokenizer.vocab_size))
     model.train()
     return f"{data.tokenizer.decode(prompt)}⟨the model goes on⟩{data.tokenizer.decode(ids)}\n"
