@@ -120,10 +120,13 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
-    from nsa_transformer.data.sources import read_documents
-    from nsa_transformer.data.tokenizer import train_tokenizer
+    from nsa_transformer.data.sources import iter_documents, open_source
+    from nsa_transformer.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
-    texts = (document.text for path in options.files for document in read_documents(path, options.text_column))
+    if options.vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(f"--vocab-size {options.vocab_size} is too small: 256 bytes and end of document need {MIN_VOCAB_SIZE}")
+    sources = [open_source(path, key="FILES") for path in options.files]
+    texts = (document.text for source in sources for document in iter_documents(source, options.text_column))
     tokenizer = train_tokenizer(texts, options.vocab_size)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
