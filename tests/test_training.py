@@ -221,6 +221,17 @@ def test_init_from_takes_the_weights_and_nothing_else(work: Path, source: str) -
     assert Trainer(continued_config(small, ["training.max_steps=2"])).train() == 0
 
 
+def test_init_from_weights_of_another_tokenizer_is_refused(work: Path) -> None:
+    trained(work)
+    (work / "run").rename(work / "first")
+    write_corpus(work / "text", seed=1)  # of which a run would train a tokenizer of its own
+    start = f"training.init_from={work / 'first'}"
+    with pytest.raises(ConfigError, match=r"another tokenizer .*; write data\.tokenizer=") as error:
+        Trainer(small_config(work, *QUIET, start)).train()
+    assert not (work / "run").exists()
+    assert Trainer(small_config(work, *QUIET, start, str(error.value).rpartition("write ")[2])).train() == 0
+
+
 # ------------------------------------------------------------------------------------------------------ interruptions
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from nsa_transformer.config import Config, ConfigError, to_dict, unsupported_options
 from nsa_transformer.data.loader import TextData, merge_packs, open_data
 from nsa_transformer.data.pack import IGNORE, Pack
+from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
 from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
 from nsa_transformer.distributed.world import World, open_world
@@ -255,6 +256,7 @@ class Trainer:
             self._restore(self.start)
         elif config.training.init_from is not None:
             source = resolve_weights(config.training.init_from, "training.init_from")
+            self._check_tokenizer(source)
             load_weights(source, self.model)
             self.console.info(f"weights of {source}")
         else:
@@ -264,6 +266,11 @@ class Trainer:
         with world.main_first():
             if world.is_main:
                 self._write_run_dir()
+
+    def _check_tokenizer(self, source: Path) -> None:
+        """Weights mean the tokens they were trained on; of other ones the shapes alone would tell nothing."""
+        if (source / "tokenizer.json").exists() and Tokenizer.load(source).fingerprint != self.data.tokenizer.fingerprint:
+            raise ConfigError(f"training.init_from={source} was trained with another tokenizer than this run has; write data.tokenizer={source}")
 
     def _write_run_dir(self) -> None:
         try:
@@ -280,7 +287,7 @@ class Trainer:
         if state.pop("stream_fingerprint") != self.data.train.fingerprint or state.pop("data_fingerprint") != self.data.fingerprint:
             raise ConfigError(
                 f"the data is not what {path} was trained on (data.path, its files, or the tokenizer changed); restore it, "
-                f"or start a new run with training.init_from={path}"
+                f"or start a new run with training.init_from={path} data.tokenizer={path}"
             )
         self.progress = Progress(**state)
         if self.progress.step > self.config.training.max_steps:
