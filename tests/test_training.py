@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 from nsa_transformer.config import ConfigError, TrainingConfig
+from nsa_transformer.distributed.checkpoint import find_damage
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.training.faults import Stopped, StopSignal, TrainingError
 from nsa_transformer.training.metrics import read_metrics
@@ -200,6 +202,28 @@ def test_five_in_a_row_end_the_run(work: Path) -> None:
     with pytest.raises(TrainingError, match=r"5 updates in a row were not finite.*training.learning_rate"):
         trainer.train()
     assert max(row["step"] for row in read_metrics(work / "run" / "metrics.jsonl") if "loss" in row) == 3
+
+
+def test_a_disk_that_fills_up_is_one_message_and_costs_no_checkpoint(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(small_config(work, *QUIET))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, before = trainer._save, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def save_on_a_full_disk() -> None:
+        if trainer.progress.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+        save()
+
+    monkeypatch.setattr(trainer, "_save", save_on_a_full_disk)
+    try:
+        with pytest.raises(TrainingError, match=r"model\.safetensors: .*, while saving a checkpoint; .* run_dir=.*/run training\.resume=auto"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [entry.name for entry in (work / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert find_damage(work / "run" / "checkpoints" / "step_00000002") is None
+    assert Trainer(small_config(work, *QUIET, "training.resume=auto")).train() == 0
 
 
 # ----------------------------------------------------------------------------------------------------- other weights

@@ -58,7 +58,8 @@ class Trainer:
             raise ConfigError("\n".join(unsupported))
         self.config = config
         self.console = Console(enabled=int(os.environ.get("RANK", "0")) == 0)
-        self.doing = "starting"  # for messages about memory
+        self.doing = "starting"  # for messages about memory and files
+        self.began = False  # before the first step a problem is one of the settings
         self.evaluation: Evaluation | None = None  # the newest
 
     def train(self) -> int:
@@ -69,6 +70,12 @@ class Trainer:
         except Stopped as stopped:
             self.console.info(f"stopped by a signal while {self.doing}")
             return 128 + stopped.signal
+        except OSError as error:  # a full disk, a folder that vanished
+            where = f"{error.filename}: " if error.filename else ""
+            problem = f"{where}{error.strerror or error}, while {self.doing}"
+            if not self.began:
+                raise ConfigError(problem) from error
+            raise TrainingError(f"{problem}; when that is mended, continue with run_dir={self.run_dir} training.resume=auto") from error
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             message = describe_out_of_memory(error, self.doing, self.config)
             if message is None:
@@ -83,6 +90,7 @@ class Trainer:
         self._set_up(world)
         config, progress = self.config.training, self.progress
         full_config = to_dict(self.config)
+        self.began = True
         with (
             self._metrics(full_config) as metrics,
             Profiler(self.run_dir, self.config.logging.profiling, world.device, self.console.info) as profiler,
