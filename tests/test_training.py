@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,23 @@ def test_a_disk_that_fills_up_is_one_message_and_costs_no_checkpoint(work: Path,
     assert Trainer(small_config(work, *QUIET, "training.resume=auto")).train() == 0
 
 
+def test_two_runs_of_one_second_do_not_share_a_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("nsa_transformer.training.trainer.datetime", Clock)
+    monkeypatch.chdir(work)
+    config = replace(small_config(work, *QUIET), run_dir=None)
+    assert Trainer(config).train() == 0
+    shutil.rmtree("runs/2026-01-02_03-04-05/checkpoints")  # the other run has saved nothing yet
+    before = Path("runs/2026-01-02_03-04-05/metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="in the same second"):
+        Trainer(config).train()
+    assert Path("runs/2026-01-02_03-04-05/metrics.jsonl").read_bytes() == before
+
+
 # ----------------------------------------------------------------------------------------------------- other weights
 
 
@@ -367,6 +386,11 @@ def test_a_signal_between_two_passes_gives_the_step_up(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Transformer, "forward", counted)
         assert Trainer(small_config(tmp_path / "b", *settings)).train() == 143
+        # Again before the first step of the resumed run: its checkpoint is the newest whole one, and stays in its place.
+        saved = next((tmp_path / "b" / "run" / "checkpoints").iterdir()).stat().st_ino
+        passes = 4
+        assert Trainer(small_config(tmp_path / "b", *settings, "training.resume=auto")).train() == 143
+        assert next((tmp_path / "b" / "run" / "checkpoints").iterdir()).stat().st_ino == saved
     assert passes == 6
     assert [path.name for path in (tmp_path / "b" / "run" / "checkpoints").iterdir()] == ["step_00000001"]
     assert Trainer(small_config(tmp_path / "b", *settings, "training.resume=auto")).train() == 0

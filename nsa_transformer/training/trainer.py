@@ -17,7 +17,7 @@ from nsa_transformer.config import Config, ConfigError, to_dict, unsupported_opt
 from nsa_transformer.data.loader import TextData, merge_packs, open_data
 from nsa_transformer.data.pack import IGNORE, Pack
 from nsa_transformer.data.tokenizer import Tokenizer
-from nsa_transformer.distributed.checkpoint import CONFIG, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
+from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
 from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
 from nsa_transformer.distributed.world import World, open_world
 from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
@@ -61,6 +61,7 @@ class Trainer:
         self.doing = "starting"  # for messages about memory and files
         self.began = False  # before the first step a problem is one of the settings
         self.evaluation: Evaluation | None = None  # the newest
+        self.saved: Path | None = None  # the newest checkpoint, saved or continued
 
     def train(self) -> int:
         """Run to the end. Returns 0, or 128 + the signal that stopped it after saving: 143 for SIGTERM, 130 for Ctrl-C."""
@@ -103,7 +104,8 @@ class Trainer:
                 passes = self._passes(world, meter, stop)
                 if passes is None:
                     stopped = world.largest(stop.received)
-                    self._save()
+                    if self.saved != checkpoint_path(self.run_dir, progress.step).resolve():
+                        self._save()
                     break
                 row = self._update(*passes, world, meter)
                 profiler.step()
@@ -219,6 +221,7 @@ class Trainer:
         path = save_checkpoint(
             self.run_dir, self.progress.step, self.model, self.optimizer, state, self.texts, self.world, self.config.training.keep_checkpoints
         )
+        self.saved = path.resolve()
         self.console.info(f"saved {path}")
 
     def _autocast(self) -> torch.autocast:
@@ -239,6 +242,7 @@ class Trainer:
     def _prepare_run_dir(self, world: World) -> None:
         name = self.config.run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
         self.run_dir = Path(world.broadcast_text(name) or name)
+        self.named = bool(self.config.run_dir)
         if self.run_dir.exists() and not self.run_dir.is_dir():
             raise ConfigError(f"run_dir={self.run_dir} is a file; name a folder")
         self.start = find_start(self.config, self.run_dir, self.console.warning)
@@ -282,11 +286,13 @@ class Trainer:
 
     def _write_run_dir(self) -> None:
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.run_dir.mkdir(parents=True, exist_ok=self.named)
             for name, text in self.texts.items():
                 write_atomic(self.run_dir / name, text)
             if (self.run_dir / "checkpoints").is_dir():
                 remove_leftovers(self.run_dir / "checkpoints")
+        except FileExistsError:
+            raise ConfigError(f"another run began in the same second, in {self.run_dir}; start this one again, or name its folder with run_dir=") from None
         except OSError as error:
             raise ConfigError(f"run_dir={self.run_dir} cannot be written ({error.strerror}); name another folder") from None
 
@@ -300,6 +306,7 @@ class Trainer:
         self.progress = Progress(**state)
         if self.progress.step > self.config.training.max_steps:
             raise ConfigError(f"training.max_steps={self.config.training.max_steps} lies before step {self.progress.step} of {path}; write a larger one")
+        self.saved = path.resolve()
         self.console.info(f"continuing {path} at step {self.progress.step}")
 
     @contextmanager
