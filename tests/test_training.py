@@ -175,15 +175,20 @@ class Poisoned(Trainer):
 
     bad: Callable[[int], bool]
 
-    def _step(self, *arguments: Any) -> Any:
+    def _passes(self, *arguments: Any) -> Any:
         parameter = self.model.get_parameter("embedding.weight")
         handle = parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), torch.inf)) if self.bad(self.progress.step + 1) else None
-        before = [p.detach().clone() for p in self.model.parameters()]
-        row = super()._step(*arguments)
+        self.before = [p.detach().clone() for p in self.model.parameters()]
+        passes = super()._passes(*arguments)
         if handle is not None:
             handle.remove()
+        return passes
+
+    def _update(self, *arguments: Any) -> Any:
+        row = super()._update(*arguments)
+        if self.bad(self.progress.step):
             assert row is None
-            assert all(torch.equal(p, q) for p, q in zip(self.model.parameters(), before, strict=True))
+            assert all(torch.equal(p, q) for p, q in zip(self.model.parameters(), self.before, strict=True))
         assert all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
         return row
 
