@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from nsa_transformer import cli
@@ -301,6 +302,19 @@ def test_a_mistake_is_one_message(train: Callable[..., Answer], finished: Path, 
     given = [argument.format(folder=folder, run=finished / "run") for argument in arguments]
     is_one_message(train(*overrides(finished, *QUIET, f"run_dir={tmp_path / 'new'}"), *given), pattern)
     assert (sorted(tmp_path.rglob("*")), sorted(finished.rglob("*"))) == before  # nothing written
+
+
+@pytest.mark.parametrize(("rank", "prefix"), [("0", "error: out of"), ("3", "error: rank 3: out of")])
+def test_out_of_memory_on_any_rank_is_said(
+    train: Callable[..., Answer], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, prefix: str
+) -> None:
+    def too_large(*_arguments: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("nsa_transformer.training.trainer.build_model", too_large)
+    monkeypatch.setenv("RANK", rank)  # and no WORLD_SIZE: alone, but with the voice of that rank
+    status, _, err = train(*overrides(finished, f"run_dir={tmp_path / 'new'}"))
+    assert status == 1 and err.startswith(prefix) and "while building the model" in err and err.count("error:") == 1
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])

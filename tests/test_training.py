@@ -11,6 +11,8 @@ import math
 import multiprocessing
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from nsa_transformer.config import ConfigError, TrainingConfig
+from nsa_transformer.distributed.checkpoint import find_damage
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.training.faults import Stopped, StopSignal, TrainingError
 from nsa_transformer.training.metrics import read_metrics
@@ -171,15 +175,20 @@ class Poisoned(Trainer):
 
     bad: Callable[[int], bool]
 
-    def _step(self, *arguments: Any) -> Any:
+    def _passes(self, *arguments: Any) -> Any:
         parameter = self.model.get_parameter("embedding.weight")
         handle = parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), torch.inf)) if self.bad(self.progress.step + 1) else None
-        before = [p.detach().clone() for p in self.model.parameters()]
-        row = super()._step(*arguments)
+        self.before = [p.detach().clone() for p in self.model.parameters()]
+        passes = super()._passes(*arguments)
         if handle is not None:
             handle.remove()
+        return passes
+
+    def _update(self, *arguments: Any) -> Any:
+        row = super()._update(*arguments)
+        if self.bad(self.progress.step):
             assert row is None
-            assert all(torch.equal(p, q) for p, q in zip(self.model.parameters(), before, strict=True))
+            assert all(torch.equal(p, q) for p, q in zip(self.model.parameters(), self.before, strict=True))
         assert all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
         return row
 
@@ -202,6 +211,45 @@ def test_five_in_a_row_end_the_run(work: Path) -> None:
     assert max(row["step"] for row in read_metrics(work / "run" / "metrics.jsonl") if "loss" in row) == 3
 
 
+def test_a_disk_that_fills_up_is_one_message_and_costs_no_checkpoint(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(small_config(work, *QUIET))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, before = trainer._save, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def save_on_a_full_disk() -> None:
+        if trainer.progress.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+        save()
+
+    monkeypatch.setattr(trainer, "_save", save_on_a_full_disk)
+    try:
+        with pytest.raises(TrainingError, match=r"model\.safetensors: .*, while saving a checkpoint; .* run_dir=.*/run training\.resume=auto"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [entry.name for entry in (work / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert find_damage(work / "run" / "checkpoints" / "step_00000002") is None
+    assert Trainer(small_config(work, *QUIET, "training.resume=auto")).train() == 0
+
+
+def test_two_runs_of_one_second_do_not_share_a_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("nsa_transformer.training.trainer.datetime", Clock)
+    monkeypatch.chdir(work)
+    config = replace(small_config(work, *QUIET), run_dir=None)
+    assert Trainer(config).train() == 0
+    shutil.rmtree("runs/2026-01-02_03-04-05/checkpoints")  # the other run has saved nothing yet
+    before = Path("runs/2026-01-02_03-04-05/metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="in the same second"):
+        Trainer(config).train()
+    assert Path("runs/2026-01-02_03-04-05/metrics.jsonl").read_bytes() == before
+
+
 # ----------------------------------------------------------------------------------------------------- other weights
 
 
@@ -219,6 +267,17 @@ def test_init_from_takes_the_weights_and_nothing_else(work: Path, source: str) -
     from nsa_transformer.training.resume import continued_config
 
     assert Trainer(continued_config(small, ["training.max_steps=2"])).train() == 0
+
+
+def test_init_from_weights_of_another_tokenizer_is_refused(work: Path) -> None:
+    trained(work)
+    (work / "run").rename(work / "first")
+    write_corpus(work / "text", seed=1)  # of which a run would train a tokenizer of its own
+    start = f"training.init_from={work / 'first'}"
+    with pytest.raises(ConfigError, match=r"another tokenizer .*; write data\.tokenizer=") as error:
+        Trainer(small_config(work, *QUIET, start)).train()
+    assert not (work / "run").exists()
+    assert Trainer(small_config(work, *QUIET, start, str(error.value).rpartition("write ")[2])).train() == 0
 
 
 # ------------------------------------------------------------------------------------------------------ interruptions
@@ -332,6 +391,11 @@ def test_a_signal_between_two_passes_gives_the_step_up(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Transformer, "forward", counted)
         assert Trainer(small_config(tmp_path / "b", *settings)).train() == 143
+        # Again before the first step of the resumed run: its checkpoint is the newest whole one, and stays in its place.
+        saved = next((tmp_path / "b" / "run" / "checkpoints").iterdir()).stat().st_ino
+        passes = 4
+        assert Trainer(small_config(tmp_path / "b", *settings, "training.resume=auto")).train() == 143
+        assert next((tmp_path / "b" / "run" / "checkpoints").iterdir()).stat().st_ino == saved
     assert passes == 6
     assert [path.name for path in (tmp_path / "b" / "run" / "checkpoints").iterdir()] == ["step_00000001"]
     assert Trainer(small_config(tmp_path / "b", *settings, "training.resume=auto")).train() == 0

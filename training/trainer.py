@@ -75,7 +75,7 @@ def explain(error: Exception) -> str:
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them and exiting with 1
     limit_spinning()
-    from nsa_transformer.training.faults import TrainingError
+    from nsa_transformer.training.faults import OutOfMemory, TrainingError
     from nsa_transformer.training.resume import continued_config
     from nsa_transformer.training.trainer import Trainer
 
@@ -83,8 +83,11 @@ def main() -> int:
         composed = compose(sys.argv[1:])
         return 0 if composed is None else Trainer(continued_config(*composed)).train()
     except (ConfigError, TrainingError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, OutOfMemory):  # of which no other rank knows
+            print(f"error: rank {rank}: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
         return 130

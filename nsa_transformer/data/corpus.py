@@ -121,11 +121,13 @@ def tokenized_corpus(source: Source, text_column: str, tokenizer: Tokenizer, val
     _ensure_entry(folder, ("tokens.npy", "offsets.npy", "validation.npy"), build, log)
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     offsets, validation = np.load(folder / "offsets.npy"), np.load(folder / "validation.npy")
+    # Of what is stored, not of what it was made from: another version of a library may make something else of the same.
+    content = _checksum(folder / "sha256.json")[:24]
     if val_fraction is None:
-        return (Split(tokens, offsets, np.arange(len(validation)), f"{key} all"),)
+        return (Split(tokens, offsets, np.arange(len(validation)), f"{content} all"),)
     return (
-        Split(tokens, offsets, np.flatnonzero(~validation), f"{key} train"),
-        Split(tokens, offsets, np.flatnonzero(validation), f"{key} validation"),
+        Split(tokens, offsets, np.flatnonzero(~validation), f"{content} train"),
+        Split(tokens, offsets, np.flatnonzero(validation), f"{content} validation"),
     )
 
 

@@ -39,6 +39,12 @@ class Pack:
         document = torch.searchsorted(self.cu_seqlens[1:].long(), index, right=True)
         return index - self.cu_seqlens.long()[document]
 
+    @property
+    def document_lengths(self) -> list[int]:
+        """Tokens of each document that is no padding. Waits for the device where the pack lies on one."""
+        ends = torch.cat([self.valid.new_zeros(1, dtype=torch.int64), self.valid.cumsum(0)])[self.cu_seqlens.long()]
+        return [length for length in ends.diff().tolist() if length]
+
     def to(self, device: torch.device | str) -> Pack:
         tokens, targets, cu_seqlens, valid = (t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.cu_seqlens, self.valid))
         return Pack(tokens, targets, cu_seqlens, valid)

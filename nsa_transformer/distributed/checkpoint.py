@@ -92,13 +92,16 @@ def save_checkpoint(
     world: World,
     keep: int,
 ) -> Path:
-    """Save a step and then, of the complete checkpoints up to it, drop the oldest beyond `keep`. `texts` are further files by name. Every rank must call."""
+    """Save a step and then, of the complete checkpoints up to it, drop the oldest beyond `keep`. `texts` are further files by name. Every rank must call.
+
+    Raises `OSError` where it cannot be written; what was there before is then untouched.
+    """
     weights, moments = _gather(model, optimizer, world)
     path = checkpoint_path(run_dir, step)
     if world.is_main:
         with atomic_folder(path, replace=True) as folder:
-            save_file(weights, folder / MODEL)
-            save_file(moments, folder / OPTIMIZER)
+            _save_tensors(weights, folder / MODEL)
+            _save_tensors(moments, folder / OPTIMIZER)
             for name, text in {**texts, STATE: json.dumps(state, indent=1)}.items():
                 (folder / name).write_text(text, encoding="utf-8")
             files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
@@ -106,6 +109,13 @@ def save_checkpoint(
         _prune(run_dir, keep, step)
     world.barrier()
     return path
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # the library's word for a full disk as well
+        raise OSError(None, str(error), str(file)) from None
 
 
 def _prune(run_dir: Path, keep: int, step: int) -> None:

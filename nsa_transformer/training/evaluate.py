@@ -55,7 +55,7 @@ def evaluate(model: nn.Module, packs: Sequence[Pack], byte_lengths: np.ndarray, 
             index = start + world.rank
             counted = index < len(packs)
             pack = packs[index if counted else -1].to(world.device)
-            gates.counting = counted
+            gates.counted = pack.valid & counted
             with autocast:
                 out = model(pack.tokens, pack.cu_seqlens, targets=pack.targets, valid=pack.valid, loss_chunk_size=loss_chunk_size, per_token=True)
             assert isinstance(out, LossOutput)
@@ -89,15 +89,17 @@ class _Gates:
 
     def __init__(self, num_layers: int) -> None:
         self._rows: list[Tensor | None] = [None] * num_layers
-        self.counting = True
+        self.counted: Tensor | None = None  # bool [T]: tokens of documents; padding has gates too, but they say nothing
 
     def add(self, layer: int, gates: Tensor) -> None:
-        row = torch.cat([gates.double().mean(1).sum(0), gates.new_tensor([gates.shape[0]], dtype=torch.float64)]) * self.counting
+        assert self.counted is not None
+        weight = self.counted.double()
+        row = torch.cat([weight @ gates.double().mean(1), weight.sum()[None]])
         before = self._rows[layer]
         self._rows[layer] = row if before is None else before + row
 
     def sums(self, device: torch.device) -> Tensor:
-        """[layers, 4]: three branches and the number of tokens."""
+        """[layers, 4]: three branches and the number of tokens of documents."""
         rows = [row for row in self._rows if row is not None]
         return torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64, device=device)
 

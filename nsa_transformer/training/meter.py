@@ -40,7 +40,7 @@ class Meter:
 
     def count(self, pack: Pack) -> None:
         self._tokens += pack.num_tokens
-        self._operations += self._flops.of_documents(pack.cu_seqlens.diff().tolist())
+        self._operations += self._flops.of_documents(pack.document_lengths)
 
     def step_done(self) -> None:
         if self._device.type == "cuda":

@@ -16,7 +16,8 @@ from torch import Tensor
 from nsa_transformer.config import Config, ConfigError, to_dict, unsupported_options
 from nsa_transformer.data.loader import TextData, merge_packs, open_data
 from nsa_transformer.data.pack import IGNORE, Pack
-from nsa_transformer.distributed.checkpoint import CONFIG, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
+from nsa_transformer.data.tokenizer import Tokenizer
+from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
 from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
 from nsa_transformer.distributed.world import World, open_world
 from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
@@ -57,8 +58,10 @@ class Trainer:
             raise ConfigError("\n".join(unsupported))
         self.config = config
         self.console = Console(enabled=int(os.environ.get("RANK", "0")) == 0)
-        self.doing = "starting"  # for messages about memory
+        self.doing = "starting"  # for messages about memory and files
+        self.began = False  # before the first step a problem is one of the settings
         self.evaluation: Evaluation | None = None  # the newest
+        self.saved: Path | None = None  # the newest checkpoint, saved or continued
 
     def train(self) -> int:
         """Run to the end. Returns 0, or 128 + the signal that stopped it after saving: 143 for SIGTERM, 130 for Ctrl-C."""
@@ -68,6 +71,12 @@ class Trainer:
         except Stopped as stopped:
             self.console.info(f"stopped by a signal while {self.doing}")
             return 128 + stopped.signal
+        except OSError as error:  # a full disk, a folder that vanished
+            where = f"{error.filename}: " if error.filename else ""
+            problem = f"{where}{error.strerror or error}, while {self.doing}"
+            if not self.began:
+                raise ConfigError(problem) from error
+            raise TrainingError(f"{problem}; when that is mended, continue with run_dir={self.run_dir} training.resume=auto") from error
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             message = describe_out_of_memory(error, self.doing, self.config)
             if message is None:
@@ -82,6 +91,7 @@ class Trainer:
         self._set_up(world)
         config, progress = self.config.training, self.progress
         full_config = to_dict(self.config)
+        self.began = True
         with (
             self._metrics(full_config) as metrics,
             Profiler(self.run_dir, self.config.logging.profiling, world.device, self.console.info) as profiler,
@@ -94,7 +104,8 @@ class Trainer:
                 passes = self._passes(world, meter, stop)
                 if passes is None:
                     stopped = world.largest(stop.received)
-                    self._save()
+                    if self.saved != checkpoint_path(self.run_dir, progress.step).resolve():
+                        self._save()
                     break
                 row = self._update(*passes, world, meter)
                 profiler.step()
@@ -210,6 +221,7 @@ class Trainer:
         path = save_checkpoint(
             self.run_dir, self.progress.step, self.model, self.optimizer, state, self.texts, self.world, self.config.training.keep_checkpoints
         )
+        self.saved = path.resolve()
         self.console.info(f"saved {path}")
 
     def _autocast(self) -> torch.autocast:
@@ -230,6 +242,7 @@ class Trainer:
     def _prepare_run_dir(self, world: World) -> None:
         name = self.config.run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
         self.run_dir = Path(world.broadcast_text(name) or name)
+        self.named = bool(self.config.run_dir)
         if self.run_dir.exists() and not self.run_dir.is_dir():
             raise ConfigError(f"run_dir={self.run_dir} is a file; name a folder")
         self.start = find_start(self.config, self.run_dir, self.console.warning)
@@ -255,6 +268,7 @@ class Trainer:
             self._restore(self.start)
         elif config.training.init_from is not None:
             source = resolve_weights(config.training.init_from, "training.init_from")
+            self._check_tokenizer(source)
             load_weights(source, self.model)
             self.console.info(f"weights of {source}")
         else:
@@ -265,13 +279,20 @@ class Trainer:
             if world.is_main:
                 self._write_run_dir()
 
+    def _check_tokenizer(self, source: Path) -> None:
+        """Weights mean the tokens they were trained on; of other ones the shapes alone would tell nothing."""
+        if (source / "tokenizer.json").exists() and Tokenizer.load(source).fingerprint != self.data.tokenizer.fingerprint:
+            raise ConfigError(f"training.init_from={source} was trained with another tokenizer than this run has; write data.tokenizer={source}")
+
     def _write_run_dir(self) -> None:
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.run_dir.mkdir(parents=True, exist_ok=self.named)
             for name, text in self.texts.items():
                 write_atomic(self.run_dir / name, text)
             if (self.run_dir / "checkpoints").is_dir():
                 remove_leftovers(self.run_dir / "checkpoints")
+        except FileExistsError:
+            raise ConfigError(f"another run began in the same second, in {self.run_dir}; start this one again, or name its folder with run_dir=") from None
         except OSError as error:
             raise ConfigError(f"run_dir={self.run_dir} cannot be written ({error.strerror}); name another folder") from None
 
@@ -280,11 +301,12 @@ class Trainer:
         if state.pop("stream_fingerprint") != self.data.train.fingerprint or state.pop("data_fingerprint") != self.data.fingerprint:
             raise ConfigError(
                 f"the data is not what {path} was trained on (data.path, its files, or the tokenizer changed); restore it, "
-                f"or start a new run with training.init_from={path}"
+                f"or start a new run with training.init_from={path} data.tokenizer={path}"
             )
         self.progress = Progress(**state)
         if self.progress.step > self.config.training.max_steps:
             raise ConfigError(f"training.max_steps={self.config.training.max_steps} lies before step {self.progress.step} of {path}; write a larger one")
+        self.saved = path.resolve()
         self.console.info(f"continuing {path} at step {self.progress.step}")
 
     @contextmanager

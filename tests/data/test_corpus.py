@@ -21,7 +21,7 @@ from nsa_transformer.config import ConfigError, DataConfig
 from nsa_transformer.data.corpus import Split, _sample, cache_folder, choose_validation
 from nsa_transformer.data.loader import TextData, open_data
 from nsa_transformer.data.sources import Document, read_documents
-from nsa_transformer.data.tokenizer import train_tokenizer
+from nsa_transformer.data.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -145,6 +145,14 @@ def test_what_the_fingerprint_and_the_cache_depend_on(config: DataConfig, tmp_pa
     data, _ = opened(config)
     assert data.fingerprint != first.fingerprint
     assert any("less" in text for text in itertools.chain(*splits(data)))
+
+
+def test_tokens_that_a_library_changed_have_another_fingerprint(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that was lost, and filled again by another version that cuts the same text otherwise."""
+    before = opened(config)[0].fingerprint
+    encode = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [ids[::-1] for ids in encode(self, texts)])
+    assert opened(replace(config, cache_dir=str(tmp_path / "elsewhere")))[0].fingerprint != before
 
 
 def _flip(file: Path) -> None:

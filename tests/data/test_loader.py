@@ -123,6 +123,12 @@ def test_fingerprint() -> None:
     assert make_stream(LENGTHS).fingerprint in prints
 
 
+def test_an_order_that_a_library_changed_has_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = make_stream(LENGTHS).fingerprint
+    monkeypatch.setattr(np.random, "Philox", np.random.PCG64)
+    assert make_stream(LENGTHS).fingerprint != before
+
+
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_any_seed_of_the_configuration(seed: int) -> None:
     assert make_stream([3, 3], seed=seed).pack(0).num_tokens == 6
