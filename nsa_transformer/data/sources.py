@@ -96,7 +96,7 @@ def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> 
     if path is None:
         return _standard_library(key)
     if not os.fspath(path):
-        raise ConfigError(f"{key}= is empty; name a file, a folder or a glob, or write {key}=null for the default")
+        raise ConfigError(f"{key}= is empty; name a file, a folder or a glob{_or_default(key)}")
     given = Path(path).expanduser()
     if given.is_file():
         return Source(given.parent, [given], key)
@@ -110,11 +110,16 @@ def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> 
         found = [Path(match) for match in glob.glob(str(given), recursive=True) if os.path.isfile(match)]
         nothing = "no text files that match it; a glob matches files, and ** any folders (data/**/*.txt)"
     else:
-        raise ConfigError(f"{key}={path} does not exist; name a file, a folder or a glob, or write {key}=null for the default")
+        raise ConfigError(f"{key}={path} does not exist; name a file, a folder or a glob{_or_default(key)}")
     files = sorted({file for file in found if _suffix(file) not in _BINARY}, key=lambda file: file.relative_to(root).as_posix())
     if not files:
         raise ConfigError(f"{key}={path} has {nothing}; name text, .jsonl or .parquet files")
     return Source(root, files, key)
+
+
+def _or_default(key: str) -> str:
+    """The way to the default, where errors name a setting that has one."""
+    return f", or write {key}=null for the default" if key == "data.path" else ""
 
 
 def _standard_library(key: str) -> Source:
