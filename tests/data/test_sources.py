@@ -39,7 +39,7 @@ def write_parquet(file: Path, columns: dict[str, object]) -> Path:
 def test_a_folder(tmp_path: Path) -> None:
     files = {
         "b.txt": "b", "a/x.py": "x", "a.md": "a", "no_suffix": "n", "empty.txt": "", ".hidden": "h", ".git/config": "g", "picture.PNG": b"\x89PNG\0",
-        "z.txt.gz": gzip.compress(b"z"), "archive.tar.gz": b"\0",
+        "z.txt.gz": gzip.compress(b"z", mtime=0), "archive.tar.gz": b"\0",
     }  # fmt: skip
     folder = write(tmp_path / ".corpus", files)
     assert [file.relative_to(folder).as_posix() for file in find_files(folder)] == ["a.md", "a/x.py", "b.txt", "empty.txt", "no_suffix", "z.txt.gz"]
@@ -76,7 +76,7 @@ def test_text_is_left_as_it_is(tmp_path: Path) -> None:
 def test_jsonl(tmp_path: Path) -> None:
     rows = [{"text": "a\n\u0000b"}, {"text": ""}, {"text": None}, {"text": "\u4f60"}]
     content = "\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n  \r\n" + json.dumps({"text": "last", "body": "B"})
-    write(tmp_path, {"x.jsonl": content, "y.jsonl.gz": gzip.compress(b'{"text": "zip"}\r\n')})
+    write(tmp_path, {"x.jsonl": content, "y.jsonl.gz": gzip.compress(b'{"text": "zip"}\r\n', mtime=0)})
     assert documents(tmp_path) == {"x.jsonl#1": "a\n\0b", "x.jsonl#4": "\u4f60", "x.jsonl#7": "last", "y.jsonl.gz#1": "zip"}
 
 
@@ -125,9 +125,9 @@ BAD_CONTENT = [
     ("x.txt", b"a\nb\0c", r"x\.txt is a binary file.*NUL byte at offset 3 \(line 2\)"),
     ("x.txt", "text".encode("utf-16"), r"x\.txt is UTF-16"),
     ("x.png", b"\x89PNG\0", r"x\.png is a binary file"),
-    ("x.txt.gz", gzip.compress(b"text" * 99)[:-9], r"x\.txt\.gz is a damaged or truncated gzip"),
+    ("x.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"x\.txt\.gz is a damaged or truncated gzip"),
     ("x.txt.gz", b"no gzip", r"x\.txt\.gz is a damaged or truncated gzip"),
-    ("x.txt.gz", gzip.compress(b"\xe9"), r"x\.txt\.gz is not valid UTF-8"),
+    ("x.txt.gz", gzip.compress(b"\xe9", mtime=0), r"x\.txt\.gz is not valid UTF-8"),
     ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x\.jsonl line 2 is not valid JSON"),
     ("x.jsonl", b"[" * 100_000, r"x\.jsonl line 1 is not valid JSON"),
     ("x.jsonl", b'{"text": "a"}\n\n["text"]\n', r"x\.jsonl line 3 is list"),
