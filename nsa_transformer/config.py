@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -54,6 +55,22 @@ def _not_negative(obj: Any, *names: str) -> None:
         _need(value >= 0, f"{name}={value} must be 0 or greater")
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _check_types(obj: Any) -> None:
+    """Of a class that callers build themselves; `build_config` has checked already."""
+    cls: Any = type(obj)
+    for name, kind in _hints(cls).items():
+        value = getattr(obj, name)
+        if dataclasses.is_dataclass(kind):
+            _need(isinstance(value, typing.cast(type, kind)), f"{name} is {type(value).__name__}; give a {typing.cast(type, kind).__name__}")
+        else:
+            _coerce(name, value, kind)
+
+
 def doc(text: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
     """A dataclass field with its explanation; `docs/configuration.md` is generated from these."""
     if factory is not dataclasses.MISSING:
@@ -81,6 +98,7 @@ class NSAConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "compress_block", "compress_stride", "select_block", "num_selected", "window")
         _not_negative(self, "num_initial", "num_local")
         block, stride, select = self.compress_block, self.compress_stride, self.select_block
@@ -110,6 +128,7 @@ class MoEConfig:
     z_loss_weight: float = doc("Weight of the router z-loss. 0: off.", 0.0)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _not_negative(self, "num_experts", "num_shared_experts", "num_dense_layers", "bias_update_rate", "sequence_loss_weight", "z_loss_weight")
         _positive(self, "top_k", "expert_size", "routed_scaling")
         if self.num_experts:
@@ -146,6 +165,7 @@ class ModelConfig:
     init_std: float = doc("Standard deviation of the initial weights; residual projections get init_std / sqrt(2 * num_layers).", 0.02)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(
             self,
             "vocab_size",

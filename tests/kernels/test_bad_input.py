@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -255,3 +256,17 @@ def test_config_of_another_kind():
     with pytest.raises(ValueError, match="config"):
         nsa_attention(*good.inputs, {"window": 4}, **good.keywords)
     assert isinstance(good.config, NSAConfig)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"compress_block": 32.0}, "compress_block=32.0 must be a whole number"),
+        ({"window": "512"}, "window=512 must be a whole number"),
+        ({"num_local": True}, "num_local=true must be a whole number"),
+        ({"compression": "max"}, "compression=max is unknown"),
+    ],
+)
+def test_a_geometry_of_another_type(given: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        NSAConfig(**given)
