@@ -38,6 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        from nsa_transformer.training.faults import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"error: out of memory; try --dtype bfloat16, a shorter prompt or --device cpu ({detail})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

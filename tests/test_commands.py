@@ -365,7 +365,7 @@ def test_generate(finished: Path) -> None:
         (["generate", "{run}", "--prompt", "a", "--stop", ""], r"a stop text is empty"),
         (["generate", "{run}", "--prompt", "a", "--kv-cache", "fp8"], r"--kv-cache fp8 is not built yet"),
         (["inspect", "{folder}"], r"is no run"),
-        (["tokenizer", "train", "{folder}/text", "--vocab-size", "9", "--output", "{tmp}/t"], r"vocab_size=9 is too small"),
+        (["tokenizer", "train", "{folder}/text", "--vocab-size", "9", "--output", "{tmp}/t"], r"--vocab-size 9 is too small"),
         (["tokenizer", "train", "/nope", "--vocab-size", "300", "--output", "{tmp}/t"], r"/nope does not exist"),
         (["tokenizer", "encode", "{run}", "/nope", "--output", "{tmp}/ids.npy"], r"/nope: No such file"),
         (["tokenizer", "encode", "{run}", "{run}/checkpoints/step_00000006/model.safetensors", "--output", "{tmp}/ids.npy"], r"is not UTF-8 text"),
@@ -421,3 +421,13 @@ def test_nsa_is_a_command(tmp_path: Path) -> None:
     done = command("-m", "nsa_transformer.cli", "chat", "runs/x", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nsa chat is not built yet\n")
     assert 'nsa = "nsa_transformer.cli:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_generate_without_enough_memory_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def exhausted(_options: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "_doctor", exhausted)
+    assert cli.main(["doctor"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory") and message.count("\n") == 1

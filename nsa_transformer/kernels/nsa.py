@@ -88,6 +88,13 @@ def nsa_attention(
 # An operator of its own keeps torch.compile and selective activation checkpointing out of the loops: both see one node.
 
 
+def _ascending(blocks: Tensor) -> Tensor:
+    """Ids in rising order, the padding behind them."""
+    last = torch.iinfo(blocks.dtype).max
+    ordered = blocks.masked_fill(blocks < 0, last).sort(dim=-1).values
+    return ordered.masked_fill(ordered == last, -1)
+
+
 def _geometry(config: NSAConfig) -> list[int]:
     return [
         config.compress_block,
@@ -126,6 +133,8 @@ def _reference_op(
     # Here and not at the door, where torch.compile would break its graph to read the values.
     if q.device.type == "cpu" or os.environ.get("NSA_CHECK") == "1":
         _check_values(q.shape[0], k_slc.shape[0], k_cmp.shape[0], cu_seqlens, cu_seqlens_k, q_start, blocks, config)
+    if blocks is not None:
+        blocks = _ascending(blocks)
     with torch.autocast(q.device.type, enabled=False):
         boundaries = (cu_seqlens.tolist(), cu_seqlens_k.tolist(), q_start.tolist())
         return reference.attention_forward(q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates, _config(geometry), *boundaries, blocks, scale)

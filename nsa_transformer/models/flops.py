@@ -39,13 +39,19 @@ def _selected_pairs(length: int, num_selected: int, block: int) -> int:
 
 class TrainingFlops:
     """FLOPs of forward and backward, without what activation checkpointing recomputes (the usual meaning of MFU):
-    6 per active matrix parameter and token, and 3 times the forward's attention products."""
+    6 per active matrix parameter and the tokens it meets, and 3 times the forward's attention products."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         _, active = count_parameters(config)
         embedding = config.vocab_size * config.hidden_size
-        self.matrix_parameters = active if config.tie_embeddings else active - embedding
+        matrices = active if config.tie_embeddings else active - embedding
+        if config.attention == "nsa" and config.nsa.compression == "mlp":
+            # The compression MLPs run once per key/value head and stride, not once per token.
+            nsa, widths = config.nsa, (config.head_dim, config.value_dim)
+            compression = config.num_layers * sum(nsa.compress_block * w * w + w * w for w in widths)
+            matrices += compression * config.num_kv_heads // nsa.compress_stride - compression
+        self.matrix_parameters = matrices
 
     def of_documents(self, lengths: Iterable[int]) -> int:
         config, total = self.config, 0

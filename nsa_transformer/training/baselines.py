@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from nsa_transformer.data.pack import IGNORE
+
 __all__ = ["KneserNey", "bigram_baseline", "byte_order2_bpb"]
 
-IGNORE = -100
 CHUNK = 1 << 22  # codes that are sorted or looked up at once
 
 Codes = npt.NDArray[np.int64]

@@ -66,9 +66,14 @@ class StopSignal:
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the device or of the machine did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _MEMORY_WORDS)
+
+
 def describe_out_of_memory(error: BaseException, doing: str, config: Config) -> str | None:
     """One message on what was being made and which keys would help; None where the error is not about memory."""
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(word in str(error) for word in _MEMORY_WORDS):
+    if not is_out_of_memory(error):
         return None
     training, data, memory = config.training, config.data, config.memory
     helps = []

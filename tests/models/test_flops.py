@@ -61,6 +61,10 @@ def test_training_flops(tie: bool):
     )
     _, active = count_parameters(config)
     matrices = active - (0 if tie else 64 * 16)
+    # Two layers' compression MLPs, of keys and values: one head's every stride, instead of every token.
+    nsa = config.nsa
+    compression = 2 * sum(nsa.compress_block * width * width + width * width for width in (8, 4))
+    matrices += compression * config.num_kv_heads // nsa.compress_stride - compression
     pairs = attention_pairs(config, 50) + attention_pairs(config, 7)
     assert TrainingFlops(config).of_documents([50, 7]) == 6 * matrices * 57 + 6 * pairs * 2 * 2 * (8 + 4)
     assert TrainingFlops(config).of_documents([]) == 0
