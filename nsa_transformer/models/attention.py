@@ -114,14 +114,17 @@ class NativeSparseAttention(nn.Module):
         return self.o_proj(out.flatten(1))
 
     def _compress_tail(self, k_raw: Tensor, v_raw: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """Append raw keys and values, compress the blocks that became whole, and return all compressed rows."""
+        """Append raw keys and values, compress the blocks that became whole, and return all compressed rows. What no later
+        block needs leaves the cache, so the raw rows begin where the next block does."""
         block, stride = self.config.compress_block, self.config.compress_stride
         k_raw, v_raw = cache.append("k_raw", k_raw), cache.append("v_raw", v_raw)
-        done = cache.length("k_cmp")
-        index = torch.arange(done, max(done, (k_raw.shape[0] - block) // stride + 1), device=k_raw.device)
+        index = torch.arange(max(0, (k_raw.shape[0] - block) // stride + 1), device=k_raw.device)
         rows = index[:, None] * stride + torch.arange(block, device=k_raw.device)
-        k_new = self.rope.rotation(index * stride + block // 2)(self.k_compress(k_raw, rows))
-        return cache.append("k_cmp", k_new), cache.append("v_cmp", self.v_compress(v_raw, rows))
+        positions = (index + cache.length("k_cmp")) * stride + block // 2
+        k_new, v_new = self.rope.rotation(positions)(self.k_compress(k_raw, rows)), self.v_compress(v_raw, rows)
+        for name in ("k_raw", "v_raw"):
+            cache.drop(name, len(index) * stride)
+        return cache.append("k_cmp", k_new), cache.append("v_cmp", v_new)
 
 
 class GateMLP(nn.Module):

@@ -28,6 +28,12 @@ class GrowingTensor:
         self._storage[self.length : needed] = rows
         self.length = needed
 
+    def drop(self, count: int) -> None:
+        """Forget the first `count` rows and their memory."""
+        if count:
+            self._storage = self.rows[count:].clone()
+            self.length -= count
+
     @property
     def nbytes(self) -> int:
         return 0 if self._storage is None else self._storage.nbytes
@@ -44,6 +50,10 @@ class LayerCache:
         tensor = self._tensors.setdefault(name, GrowingTensor())
         tensor.append(rows)
         return tensor.rows
+
+    def drop(self, name: str, count: int) -> None:
+        """Forget the first `count` rows of `name`."""
+        self._tensors[name].drop(count)
 
     def length(self, name: str) -> int:
         return self._tensors[name].length if name in self._tensors else 0
