@@ -15,20 +15,20 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nsa_transformer.config import Config, ConfigError, build_config, unknown_key_message
+from nsa_transformer.config import ConfigError, build_config, unknown_key_message
 from nsa_transformer.utils.threads import limit_spinning
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 GROUPS = ("model", "training", "memory", "data", "logging")
 
 
-def typed(composed: DictConfig) -> Config:
+def plain(composed: DictConfig) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    return build_config(values)
+    return values
 
 
-def compose(arguments: list[str]) -> tuple[Config, list[str]] | None:
-    """The configuration and the overrides it comes from; None where Hydra only shows something (`--cfg`, `--help`). Raises `ConfigError`.
+def compose(arguments: list[str]) -> tuple[dict[str, Any], list[str]] | None:
+    """The composed values, unchecked, and the overrides they come from; None where Hydra only shows something (`--cfg`, `--help`). Raises `ConfigError`.
 
     The run itself comes after Hydra, which adds lines of its own to every error in a job.
     """
@@ -47,9 +47,9 @@ def compose(arguments: list[str]) -> tuple[Config, list[str]] | None:
     try:
         if options.cfg is not None:  # what is shown must be valid as well
             with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-                typed(hydra.compose("config", options.overrides))
+                build_config(plain(hydra.compose("config", options.overrides)))
         job()
-        return (typed(composed[0][0]), composed[0][1]) if composed else None
+        return (plain(composed[0][0]), composed[0][1]) if composed else None
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of a group that is no text

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nsa_transformer.config import Config, ConfigError, build_config, to_dict
+from nsa_transformer.config import Config, ConfigError, build_config, to_dict, unknown_key_message
 from nsa_transformer.distributed.checkpoint import CONFIG, find_damage, list_checkpoints, newest_valid, read_config, step_of
 
 GROUPS = ("model", "training", "memory", "data", "logging")
@@ -14,17 +14,22 @@ GROUPS = ("model", "training", "memory", "data", "logging")
 FIXED = ("data.max_length", "data.pack_buffer", "data.path", "data.val_path", "data.val_fraction", "data.text_column", "training.seed")
 
 
-def continued_config(config: Config, overrides: Sequence[str]) -> Config:
+def continued_config(composed: Config | Mapping[str, Any], overrides: Sequence[str]) -> Config:
     """The settings of a run that `training.resume` continues: its saved ones, with today's overrides on top.
 
-    `overrides` are the command's own (`key=value` or `group=choice`); what they do not name keeps the saved value. A fresh
-    start returns `config`. Raises `ConfigError` where an override contradicts what cannot change.
+    `composed` is today's configuration, a `Config` or the nested mapping of one; `overrides` are the command's own (`key=value` or
+    `group=choice`), and what they do not name keeps the saved value. Values are checked together only after that, so that an override
+    need not fit the defaults that it was composed with. A fresh start returns `composed`, checked.
+    Raises `ConfigError` for what `build_config` refuses, and where an override contradicts what cannot change.
     """
-    source = _run_to_continue(config)
+    today = to_dict(composed) if isinstance(composed, Config) else composed
+    training, run_dir = today.get("training"), today.get("run_dir")
+    resume = training.get("resume") if isinstance(training, Mapping) else None
+    source = _run_to_continue(resume, run_dir) if isinstance(resume, str) and isinstance(run_dir, str | None) else None
     if source is None:
-        return config
+        return composed if isinstance(composed, Config) else build_config(today)
     saved = read_config(source)
-    today, merged = to_dict(config), to_dict(saved)
+    merged = to_dict(saved)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
         *parents, last = key.split(".")
@@ -33,13 +38,15 @@ def continued_config(config: Config, overrides: Sequence[str]) -> Config:
         if parents or key not in GROUPS:
             into, take = merged, today
             for parent in parents:
+                if not isinstance(into.get(parent), dict):
+                    raise ConfigError(unknown_key_message(key))
                 into, take = into[parent], take[parent]
             into[last] = take[last]
         else:
             merged[key] = today[key]
-    merged["training"]["resume"] = config.training.resume
-    merged["training"]["init_from"] = config.training.init_from  # where the saved run once began no longer matters
-    merged["run_dir"] = config.run_dir if config.run_dir is not None else _run_of(source)
+    merged["training"]["resume"] = resume
+    merged["training"]["init_from"] = training["init_from"] if isinstance(training, Mapping) else None  # where the saved run once began no longer matters
+    merged["run_dir"] = run_dir if run_dir is not None else _run_of(source)
     result: Config = build_config(merged)
     _refuse_changes(to_dict(saved), to_dict(result))
     return result
@@ -72,15 +79,11 @@ def find_start(config: Config, run_dir: Path, warn: Callable[[str], None]) -> Pa
     return path
 
 
-def _run_to_continue(config: Config) -> Path | None:
+def _run_to_continue(resume: str, run_dir: str | None) -> Path | None:
     """The folder whose settings a resumed run takes up."""
-    resume = config.training.resume
-    if resume is None or (resume == "auto" and config.run_dir is None):
-        return None
     if resume == "auto":
-        run_dir = Path(config.run_dir or "")
-        checkpoints = list_checkpoints(run_dir)
-        return next((p for p in (run_dir, *reversed(checkpoints)) if checkpoints and (p / CONFIG).exists()), None)
+        checkpoints = [] if run_dir is None else list_checkpoints(Path(run_dir))
+        return next((p for p in (Path(run_dir or ""), *reversed(checkpoints)) if checkpoints and (p / CONFIG).exists()), None)
     path = Path(resume)
     return path if (path / CONFIG).exists() else None
 

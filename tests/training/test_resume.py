@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_transformer.config import Config, ConfigError
+from nsa_transformer.config import Config, ConfigError, to_dict
 from nsa_transformer.distributed.checkpoint import find_damage, list_checkpoints, newest_valid, read_config
 from nsa_transformer.training.metrics import read_metrics
 from nsa_transformer.training.resume import continued_config, find_start
@@ -59,6 +59,22 @@ def test_saved_values_stay(resumed: Callable[..., Config]) -> None:
     config = resumed()
     assert (config.training.max_steps, config.training.learning_rate) == (4, 0.002)
     assert config.training.resume == "auto"
+
+
+def test_an_override_need_not_fit_the_defaults_it_was_composed_with(work: Path) -> None:
+    """Values are checked together once the saved ones lie beneath."""
+    saved = read_config(work / "run")
+    batch = saved.training.batch_size
+    composed = to_dict(saved)
+    composed["training"] |= {"resume": "auto", "micro_batch_size": batch, "batch_size": batch + 1}
+    composed["run_dir"] = str(work / "run")
+    overrides = ["training.resume=auto", f"run_dir={work / 'run'}", f"training.micro_batch_size={batch}"]
+    config = continued_config(composed, overrides)
+    assert (config.training.micro_batch_size, config.training.batch_size) == (batch, batch)
+    with pytest.raises(ConfigError, match="micro_batch_size"):
+        continued_config(composed | {"run_dir": str(work / "other")}, overrides)
+    with pytest.raises(ConfigError, match=r"unknown key nonsense\.key"):
+        continued_config(composed | {"nonsense": {"key": 1}}, [*overrides, "+nonsense.key=1"])
 
 
 @pytest.mark.parametrize(
