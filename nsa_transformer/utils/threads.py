@@ -8,8 +8,8 @@ import os
 def limit_spinning() -> None:
     """Let OpenMP threads sleep soon instead of spinning while they wait for each other. Call before torch is imported.
 
-    The default suits an idle machine alone. With other work on both of two cores, a training step took 100 times as long
-    (40 tokens/s instead of 4,500); with this limit it takes 6 times as long, and 7 % longer on an idle machine.
+    The default suits an idle machine alone. Beside two busy loops on two cores, forward and backward of a small model fell from 4,558
+    to 40 tokens/s; with this limit from 4,247 to 708 (benchmarks/log.md).
     A value that the environment has stays.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

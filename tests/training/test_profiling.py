@@ -77,7 +77,7 @@ def test_off_means_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_memory_snapshot_on_cuda(tmp_path: Path) -> None:
     log = run(tmp_path, ProfilingConfig(enabled=True, trace_memory=True, start_step=1, num_steps=2), 5, "cuda")
     assert any("memory_viz" in line for line in log)
