@@ -16,6 +16,7 @@ ROUTING = (_aten.topk.default,)
 # Outputs that are dear to recompute: attention's, ours or torch's, and the experts'.
 DEAR = (
     torch.ops.nsa_transformer.attention_reference.default,
+    torch.ops.nsa_transformer.attention_triton.default,
     torch.ops.nsa_transformer.experts_grouped.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

@@ -1,0 +1,297 @@
+"""The Triton pipeline: plan, compressed branch, scores and selection, window, selected branch with the gates; and its backward.
+
+Memory is linear in the tokens, nothing waits for the device, and every sum has one order, so the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa_transformer.config import NSAConfig
+from nsa_transformer.kernels.triton import lists
+from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
+from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width
+from nsa_transformer.kernels.triton.gates import gate_gradients
+from nsa_transformer.kernels.triton.plan import Plan, make_plan
+from nsa_transformer.kernels.triton.select import score_and_select
+from nsa_transformer.kernels.triton.selected import selected_forward, selected_grad_kv, selected_grad_q, sum_segments
+from nsa_transformer.kernels.triton.tiles import Tile, Tiles, choose_tiles
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """One call's inputs, in the layout that the kernels read, and its sizes."""
+
+    q: Tensor
+    compressed: tuple[Tensor, Tensor]
+    selected: tuple[Tensor, Tensor]
+    window: tuple[Tensor, Tensor]
+    gates: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    q_start: Tensor
+    config: NSAConfig
+    scale: float
+    plan: Plan
+    tiles: Tiles
+
+    @staticmethod
+    def make(q: Tensor, keys_values: tuple[Tensor, ...], gates: Tensor, cu_q: Tensor, cu_k: Tensor, q_start: Tensor, config: NSAConfig, scale: float) -> _Pack:
+        k_cmp, v_cmp, *others = keys_values
+        group = q.shape[1] // v_cmp.shape[1]
+        tiles = choose_tiles(q.shape[2], v_cmp.shape[2], q.element_size(), group, config.select_block)
+        plan = make_plan(
+            cu_q, cu_k, group, config.compress_block, config.compress_stride, config.select_block,
+            tiles.band.rows, tiles.selected.rows, tiles.score.rows, tiles.compressed_kv.keys, tiles.window_kv.keys,
+        )  # fmt: skip
+        compressed = (_clean(k_cmp, plan), _clean(v_cmp, plan))
+        k_slc, v_slc, k_win, v_win = (by_rows(x) for x in others)
+        q = q if q.stride(2) == 1 else q.contiguous()
+        return _Pack(q, compressed, (k_slc, v_slc), (k_win, v_win), gates.contiguous(), cu_q, cu_k, q_start, config, scale, plan, tiles)
+
+    @property
+    def num_docs(self) -> int:
+        return self.cu_q.shape[0] - 1
+
+    @property
+    def hkv(self) -> int:
+        return self.selected[0].shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.hkv
+
+    @property
+    def log_scale(self) -> float:
+        return self.scale * LOG2E
+
+    def row_tiles(self, rows: int) -> int:
+        """At most so many tiles of query rows: each document may leave one unfilled."""
+        return self.q.shape[0] * self.group // rows + min(self.num_docs, self.q.shape[0])
+
+    def key_tiles(self, keys: int, size: int) -> int:
+        return keys // size + min(self.num_docs, max(keys, 1))
+
+    def query(self) -> tuple[Tensor, int, int]:
+        return self.q, self.q.stride(0), self.q.stride(1)
+
+    def widths(self) -> dict[str, int | str]:
+        (d0, d1), (e0, e1) = split_width(self.q.shape[2]), split_width(self.selected[1].shape[2])
+        return {"D0": d0, "D1": d1, "E0": e0, "E1": e1, "PRECISION": precision(self.q.dtype)}
+
+    def heads(self) -> dict[str, int]:
+        return {"HQ": self.q.shape[1], "G": self.group}
+
+    def band(self, name: str) -> dict[str, int]:
+        if name == "window":
+            return {"BLOCK": 1, "STRIDE": 1, "WINDOW": self.config.window}
+        return {"BLOCK": self.config.compress_block, "STRIDE": self.config.compress_stride, "WINDOW": 0}
+
+
+def _clean(x: Tensor, plan: Plan) -> Tensor:
+    """k_cmp or v_cmp with zeros in the rows past the documents' own: tiles reach over the end, and 0 times what lies there must be 0."""
+    rows, hkv, width = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = torch.empty(max(rows, 1), hkv, width, dtype=x.dtype, device=x.device)
+    chunk = 64
+    clean_copy[(triton.cdiv(out.shape[0] * hkv, chunk),)](
+        x, x.stride(0), x.stride(1), out, plan.compressed, plan.blocks.shape[0] - 1, out.shape[0], hkv, width, triton.next_power_of_2(width), chunk
+    )
+    return out
+
+
+def _keys_values(pair: tuple[Tensor, Tensor], keys: int) -> tuple[object, ...]:
+    return (*descriptors(pair[0], keys), *descriptors(pair[1], keys))
+
+
+def _launch(tile: Tile) -> dict[str, int]:
+    return {"num_warps": tile.warps, "STAGES": tile.stages} | ({"maxnreg": tile.registers} if tile.registers else {})
+
+
+def forward(
+    q: Tensor,
+    keys_values: tuple[Tensor, ...],
+    gates: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    q_start: Tensor,
+    blocks: Tensor | None,
+    config: NSAConfig,
+    scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [T, Hq, Dv]; blocks int32 [T, Hkv, n]; and for the backward, with `save`, the branches' outputs [3, T, Hq, Dv] and lse float32 [3, T, Hq]."""
+    queries, heads, _ = q.shape
+    hkv, width = keys_values[1].shape[1:]
+    out = q.new_empty(queries, heads, width)
+    outs = q.new_empty(3, queries, heads, width)
+    lse = q.new_empty(3, queries, heads, dtype=torch.float32)
+    if queries == 0:
+        return out, q.new_empty(0, hkv, config.num_selected if blocks is None else blocks.shape[2], dtype=torch.int32), *_saved(outs, lse, save)
+    pack = _Pack.make(q, keys_values, gates, cu_q, cu_k, q_start, config, scale)
+    band_forward(pack, "compressed", outs[0], lse[0])
+    if blocks is None:
+        blocks = choose_blocks(pack, lse[0])
+    band_forward(pack, "window", outs[2], lse[2])
+    attend_selected(pack, blocks, outs, out, lse[1], save)
+    return out, blocks, *_saved(outs, lse, save)
+
+
+def _saved(outs: Tensor, lse: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    return (outs, lse) if save else (outs.new_empty(0), lse.new_empty(0))
+
+
+def band_forward(pack: _Pack, name: str, out: Tensor, lse: Tensor) -> None:
+    """The compressed or the window branch."""
+    tile = pack.tiles.band
+    pair, starts = (pack.window, pack.cu_k) if name == "window" else (pack.compressed, pack.plan.compressed)
+    banded_forward[(pack.row_tiles(tile.rows), pack.hkv)](
+        *pack.query(), *_keys_values(pair, tile.keys), out, lse, pack.cu_q, starts, pack.q_start, pack.plan.rows_band, pack.num_docs, pack.log_scale,
+        **pack.heads(), **pack.band(name), M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
+    )  # fmt: skip
+
+
+def choose_blocks(pack: _Pack, lse: Tensor) -> Tensor:
+    """The blocks of every query, int32 [T, Hkv, n], from the compressed branch's lse."""
+    config, tile, device = pack.config, pack.tiles.score, pack.q.device
+    queries, hkv, free = pack.q.shape[0], pack.hkv, config.num_selected - config.num_initial - config.num_local
+    blocks = torch.empty(queries, hkv, config.num_selected, dtype=torch.int32, device=device)
+    most = triton.cdiv(pack.selected[0].shape[0], config.select_block)
+    chunk = min(triton.next_power_of_2(most), 1024)
+    chunks = triton.cdiv(most, chunk)
+    found = triton.next_power_of_2(chunks * free) if chunks > 1 and free else 0
+    programs = min(pack.key_tiles(queries, tile.rows) * hkv, _programs(device) * 2)
+    width = triton.cdiv(most + tile.keys, 4) * 4 + 4
+    own, carried = (torch.empty(programs, tile.rows, width, dtype=torch.float32, device=device) for _ in range(2))
+    found_value = torch.empty(programs, tile.rows, max(found, 1), dtype=torch.float32, device=device)
+    found_block = torch.empty(programs, tile.rows, max(found, 1), dtype=torch.int32, device=device)
+    heads = tile.heads
+    score_and_select[(programs,)](
+        *pack.query(), *descriptors(pack.compressed[0], tile.keys), lse, own, carried, found_value, found_block, blocks,
+        pack.cu_q, pack.plan.compressed, pack.q_start, pack.plan.score, pack.num_docs, width, pack.log_scale,
+        **pack.heads(), HKV=hkv, HEADS=heads, P=tile.rows, N=tile.keys, BLOCK=config.compress_block, STRIDE=config.compress_stride,
+        SELECT=config.select_block, NUM=config.num_selected, INITIAL=config.num_initial, LOCAL=config.num_local,
+        SLOTS=triton.next_power_of_2(config.num_selected), CHUNK=chunk, FOUND=found,
+        **{k: v for k, v in pack.widths().items() if k[0] in "DP"}, **_launch(tile),
+    )  # fmt: skip
+    return blocks
+
+
+def attend_selected(pack: _Pack, blocks: Tensor, outs: Tensor, out: Tensor, lse: Tensor, save: bool) -> None:
+    """The selected branch, and out: the three branches weighed by their gates."""
+    config, tile = pack.config, pack.tiles.selected
+    max_tiles = pack.row_tiles(tile.rows)
+    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, tile.rows, config.select_block)
+    selected_forward[(max_tiles, pack.hkv)](
+        *pack.query(), *_keys_values(pack.selected, tile.keys), union.blocks, union.sums, union.counts, pack.gates,
+        outs[0], outs[2], outs[1], out, lse, pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected, pack.num_docs, pack.log_scale,
+        **pack.heads(), HKV=pack.hkv, L=union.length, SELECT=config.select_block, M=tile.rows, N=tile.keys, SAVE=save, **pack.widths(), **_launch(tile),
+    )  # fmt: skip
+
+
+def _programs(device: torch.device) -> int:
+    """Multiprocessors; the interpreter has one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    keys_values: tuple[Tensor, ...],
+    gates: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    q_start: Tensor,
+    blocks: Tensor,
+    outs: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, the six keys and values, and the gates."""
+    inputs = (q, *keys_values, gates)
+    if q.shape[0] == 0:
+        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    pack = _Pack.make(q, keys_values, gates, cu_q, cu_k, q_start, config, scale)
+    grad_out = grad_out.contiguous()
+    delta, grad_gates = gate_gradients(grad_out, outs, gates.dtype)
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    band_grad_q(pack, "compressed", grad_out, lse[0], delta[0], grad_q)
+    band_grad_q(pack, "window", grad_out, lse[2], delta[2], grad_q)
+    selected_dq(pack, blocks, grad_out, lse[1], delta[1], grad_q)
+    compressed = band_grad_kv(pack, "compressed", grad_out, lse[0], delta[0], keys_values[0].shape[0])
+    window = band_grad_kv(pack, "window", grad_out, lse[2], delta[2], keys_values[4].shape[0])
+    selected = selected_dkv(pack, blocks, grad_out, lse[1], delta[1])
+    return grad_q, *compressed, *selected, *window, grad_gates
+
+
+def band_grad_q(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor) -> None:
+    tile, rows = pack.tiles.band_q, pack.tiles.band.rows
+    pair, starts = (pack.window, pack.cu_k) if name == "window" else (pack.compressed, pack.plan.compressed)
+    banded_grad_q[(pack.row_tiles(rows), pack.hkv)](
+        *pack.query(), *_keys_values(pair, tile.keys), grad_out, lse, delta, pack.gates, grad_q, pack.cu_q, starts, pack.q_start,
+        pack.plan.rows_band, pack.num_docs, pack.log_scale, pack.scale,
+        **pack.heads(), **pack.band(name), M=rows, N=tile.keys, **pack.widths(), **_launch(tile),
+    )  # fmt: skip
+
+
+def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    windowed = name == "window"
+    tile = pack.tiles.window_kv if windowed else pack.tiles.compressed_kv
+    pair, starts = (pack.window, pack.cu_k) if windowed else (pack.compressed, pack.plan.compressed)
+    tile_starts = pack.plan.keys_window if windowed else pack.plan.keys_compressed
+    hkv, device, dtype = pack.hkv, pack.q.device, pack.q.dtype
+    shapes = [(num_rows, hkv, x.shape[2]) for x in pair]
+    grads = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+    if num_rows == 0:
+        return grads  # type: ignore[return-value]
+    tiles = pack.key_tiles(num_rows, tile.keys)
+    # Enough programs to fill the device several times over; the parts' memory is then at most that many tiles, whatever the length.
+    parts = 1 if windowed else max(1, min(32, triton.next_power_of_2(triton.cdiv(8 * _programs(device), tiles * hkv))))
+    into = grads if windowed else tuple(torch.empty(parts, *shape, dtype=torch.float32, device=device) for shape in shapes)
+    banded_grad_kv[(tiles * parts, hkv)](
+        *pack.query(), *_keys_values(pair, tile.keys), grad_out, lse, delta, pack.gates, *into, num_rows, pack.cu_q, starts, pack.q_start,
+        tile_starts, pack.num_docs, pack.log_scale, pack.scale, PARTS=parts, **pack.heads(), HKV=hkv, **pack.band(name),
+        M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
+    )  # fmt: skip
+    if not windowed:
+        for source, grad in zip(into, grads, strict=True):
+            size = grad.numel()
+            sum_parts[(triton.cdiv(size, 1024),)](source, grad, pack.plan.compressed, pack.num_docs, size, hkv * grad.shape[2], parts, 1024)
+    return grads  # type: ignore[return-value]
+
+
+def selected_dq(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor) -> None:
+    config, tile, rows = pack.config, pack.tiles.selected_q, pack.tiles.selected.rows
+    max_tiles = pack.row_tiles(rows)
+    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, rows, config.select_block)
+    selected_grad_q[(max_tiles, pack.hkv)](
+        *pack.query(), *_keys_values(pack.selected, tile.keys), union.blocks, union.sums, union.counts, grad_out, lse, delta, pack.gates, grad_q,
+        pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected, pack.num_docs, pack.log_scale, pack.scale,
+        **pack.heads(), HKV=pack.hkv, L=union.length, SELECT=config.select_block, M=rows, N=tile.keys, **pack.widths(), **_launch(tile),
+    )  # fmt: skip
+
+
+def selected_dkv(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    config, tile, hkv, device = pack.config, pack.tiles.selected_kv, pack.hkv, pack.q.device
+    num_keys = pack.selected[0].shape[0]
+    num_blocks = pack.key_tiles(num_keys, config.select_block)
+    segment = max(64, 32768 // pack.group)
+    chosen = lists.make_choosers(blocks, pack.cu_q, pack.q_start, pack.plan.blocks, num_blocks, config.select_block, segment)
+    grads = [torch.empty(num_keys, hkv, x.shape[2], dtype=x.dtype, device=device) for x in pack.selected]
+    parts = [torch.empty(max(chosen.max_shared, 1), tile.keys, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
+    selected_grad_kv[(chosen.max_segments,)](
+        *pack.query(), *_keys_values(pack.selected, tile.keys), chosen.tokens, chosen.starts, chosen.segments, chosen.shared,
+        grad_out, lse, delta, pack.gates, *grads, *parts, pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks, segment,
+        pack.log_scale, pack.scale, **pack.heads(), HKV=hkv, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
+    )  # fmt: skip
+    for source, grad in zip(parts, grads, strict=True):
+        first, second = split_width(grad.shape[2])
+        sum_segments[(hkv * num_blocks,)](
+            source, grad, chosen.shared, pack.cu_k, pack.plan.blocks, pack.num_docs, num_blocks, hkv, config.select_block, tile.keys, first, second
+        )
+    return grads[0], grads[1]

@@ -1,0 +1,148 @@
+"""Selected blocks turned into lists: per tile of query rows the union of their blocks, and per block the queries that chose it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_transformer.kernels.triton.common import find_document
+
+_NOTHING = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit(repr=lambda _: "nsa_lists", do_not_specialize=["num_docs", "num"])
+def union_lists(
+    blocks,
+    ordered,
+    union,
+    sums,
+    counts,
+    cu_q,
+    q_start,
+    tiles,
+    num_docs,
+    num,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    """union int32 [tiles, HKV, L]: the blocks that any token of a tile chose, ascending; counts of them [tiles, HKV].
+
+    Which tokens chose entry e is bit by bit sums[e + 1] - sums[e], of sums [tiles, HKV, L + 1]: a running sum of 1 << token over the sorted
+    (block, token) pairs, in which no bit occurs twice for one block. It may wrap around; the difference does not mind.
+    L = TOKENS * SLOTS; ordered int32 [tiles, HKV, L] is scratch.
+    """
+    L: tl.constexpr = TOKENS * SLOTS
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    if tile >= tl.load(tiles + num_docs):
+        return
+    document = find_document(tiles, num_docs, tile)
+    row = (tile - tl.load(tiles + document)) * M
+    first = tl.load(cu_q + document)
+    queries = tl.load(cu_q + document + 1) - first
+    start = tl.load(q_start + document)
+    entry = tl.arange(0, L)
+    slot = entry % SLOTS
+    token = row // G + entry // SLOTS
+    inside = (token < tl.minimum((row + M + G - 1) // G, queries)) & (slot < num)
+    block = tl.load(blocks + ((first + token).to(tl.int64) * HKV + head) * num + slot, mask=inside, other=-1)
+    inside = inside & (block >= 0) & (block * SELECT <= start + token)
+    pairs = tl.sort(tl.where(inside, block * 64 + entry // SLOTS, _NOTHING))
+    at = (tile.to(tl.int64) * HKV + head) * L
+    tl.store(ordered + at + entry, pairs)
+    tl.debug_barrier()
+    following = tl.load(ordered + at + entry + 1, mask=entry < L - 1, other=_NOTHING)
+    valid = pairs != _NOTHING
+    ends = valid & (pairs // 64 != following // 64)
+    place = tl.cumsum(ends.to(tl.int32)) - 1
+    one = tl.full([L], 1, sums.dtype.element_ty)
+    bits = tl.cumsum(tl.where(valid, one << (pairs % 64).to(sums.dtype.element_ty), 0))
+    sums_at = (tile.to(tl.int64) * HKV + head) * (L + 1)
+    tl.store(union + at + place, pairs // 64, mask=ends)
+    tl.store(sums + sums_at + place + 1, bits, mask=ends)
+    tl.store(sums + sums_at, 0)
+    tl.store(counts + tile * HKV + head, tl.sum(ends.to(tl.int32)))
+
+
+@dataclass(frozen=True)
+class Union:
+    """Lists per tile of M query rows and key/value head; see `union_lists`."""
+
+    blocks: Tensor
+    sums: Tensor
+    counts: Tensor
+    length: int
+    rows: int
+
+
+def make_union(blocks: Tensor, cu_q: Tensor, q_start: Tensor, tiles: Tensor, max_tiles: int, group: int, rows: int, select: int) -> Union:
+    _, hkv, num = blocks.shape
+    if rows % group == 0:
+        tokens = rows // group
+    elif group % rows == 0:
+        tokens = 1
+    else:
+        tokens = (rows - 2) // group + 2
+    tokens, slots = triton.next_power_of_2(tokens), max(16, triton.next_power_of_2(num))
+    assert tokens <= 64
+    length = tokens * slots
+    device = blocks.device
+    ordered = torch.empty(max_tiles, hkv, length, dtype=torch.int32, device=device)
+    union = torch.empty_like(ordered)
+    sums = torch.empty(max_tiles, hkv, length + 1, dtype=torch.int32 if tokens <= 32 else torch.int64, device=device)
+    counts = torch.empty(max_tiles, hkv, dtype=torch.int32, device=device)
+    union_lists[(max_tiles, hkv)](
+        blocks, ordered, union, sums, counts, cu_q, q_start, tiles, cu_q.shape[0] - 1, num, hkv, group, rows, tokens, slots, select,
+        num_warps=max(1, min(8, length // 64)),
+    )  # fmt: skip
+    return Union(union, sums, counts, length, rows)
+
+
+@dataclass(frozen=True)
+class Choosers:
+    """Per (key/value head, block of the pack): the tokens that chose it, ascending, cut into segments of at most SEGMENT tokens.
+
+    tokens int32 [T * n * HKV]; starts int32 [HKV * blocks + 1] into it; segments int32 [HKV * blocks + 1], running count of segments (at
+    least one each); shared int32 [HKV * blocks + 1], running count of those segments whose block has several.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    segments: Tensor
+    shared: Tensor
+    max_segments: int
+    max_shared: int
+    num_blocks: int
+    segment: int
+
+
+def make_choosers(blocks: Tensor, cu_q: Tensor, q_start: Tensor, block_starts: Tensor, num_blocks: int, select: int, segment: int) -> Choosers:
+    """`num_blocks` bounds the blocks of the pack. A stable sort keeps tokens ascending, so the sums over them have one order."""
+    queries, hkv, num = blocks.shape
+    device = blocks.device
+    token = torch.arange(queries, dtype=torch.int32, device=device)
+    document = torch.searchsorted(cu_q[1:], token, right=True).clamp_(max=cu_q.shape[0] - 2)
+    t = token - cu_q[document] + q_start[document]
+    by_head = blocks.transpose(0, 1)
+    usable = (by_head >= 0) & (by_head * select <= t[:, None])
+    head = torch.arange(hkv, dtype=torch.int32, device=device)[:, None, None]
+    nowhere = hkv * num_blocks
+    key = torch.where(usable, by_head + (block_starts[document][:, None] + head * num_blocks), nowhere)
+    key, order = key.flatten().sort(stable=True)
+    tokens = (order // num % queries).to(torch.int32)
+    starts = torch.searchsorted(key, torch.arange(nowhere + 1, dtype=torch.int32, device=device), out_int32=True)
+    pieces = (starts.diff() + (segment - 1)) // segment
+    zero = pieces.new_zeros(1)
+    segments = torch.cat([zero, pieces.clamp(min=1).cumsum(0, dtype=torch.int32)])
+    shared = torch.cat([zero, torch.where(pieces > 1, pieces, 0).cumsum(0, dtype=torch.int32)])
+    entries = queries * hkv * num
+    # A block with several segments has more than SEGMENT entries, hence at most twice entries / SEGMENT of them.
+    return Choosers(tokens, starts, segments, shared, entries // segment + nowhere, 2 * (entries // segment), num_blocks, segment)
