@@ -14,7 +14,7 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.triton import lists
 from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
-from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width
+from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width, token_descriptors
 from nsa_transformer.kernels.triton.gates import gate_gradients
 from nsa_transformer.kernels.triton.plan import Plan, make_plan
 from nsa_transformer.kernels.triton.select import score_and_select
@@ -164,7 +164,7 @@ def choose_blocks(pack: _Pack, lse: Tensor) -> Tensor:
     chunk = min(triton.next_power_of_2(most), 1024)
     chunks = triton.cdiv(most, chunk)
     found = triton.next_power_of_2(chunks * free) if chunks > 1 and free else 0
-    programs = min(pack.key_tiles(queries, tile.rows) * hkv, _programs(device) * 2)
+    programs = min(pack.key_tiles(queries, tile.rows) * hkv, _programs(device) * 3)
     width = triton.cdiv(most + tile.keys, 4) * 4 + 4
     own, carried = (torch.empty(programs, tile.rows, width, dtype=torch.float32, device=device) for _ in range(2))
     found_value = torch.empty(programs, tile.rows, max(found, 1), dtype=torch.float32, device=device)
@@ -253,9 +253,12 @@ def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: T
     # Enough programs to fill the device several times over; the parts' memory is then at most that many tiles, whatever the length.
     parts = 1 if windowed else max(1, min(32, triton.next_power_of_2(triton.cdiv(8 * _programs(device), tiles * hkv))))
     into = grads if windowed else tuple(torch.empty(parts, *shape, dtype=torch.float32, device=device) for shape in shapes)
+    q, group = pack.q, pack.group
+    boxes = group & (group - 1) == 0 and group <= tile.rows and q.stride(0) * q.element_size() % 16 == 0 and q.stride(1) * q.element_size() % 16 == 0
+    rows = (*token_descriptors(q, tile.rows, group), *token_descriptors(grad_out, tile.rows, group)) if boxes else (None,) * 4
     banded_grad_kv[(tiles * parts, hkv)](
-        *pack.query(), *_keys_values(pair, tile.keys), grad_out, lse, delta, pack.gates, *into, num_rows, pack.cu_q, starts, pack.q_start,
-        tile_starts, pack.num_docs, pack.log_scale, pack.scale, PARTS=parts, **pack.heads(), HKV=hkv, **pack.band(name),
+        *pack.query(), *_keys_values(pair, tile.keys), grad_out, *rows, lse, delta, pack.gates, *into, num_rows, pack.cu_q, starts, pack.q_start,
+        tile_starts, pack.num_docs, pack.log_scale, pack.scale, PARTS=parts, BOXES=boxes, **pack.heads(), HKV=hkv, **pack.band(name),
         M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip
     if not windowed:

@@ -18,6 +18,7 @@ from nsa_transformer.kernels.triton.common import (
     keys_before,
     load_pair,
     load_tile,
+    load_token_rows,
     store_rows,
 )
 
@@ -199,6 +200,48 @@ def banded_grad_q(
         store_rows(grad_q, to, inside, dq1, D0, D1)
 
 
+@triton.jit
+def _rows(
+    q,
+    q_stride,
+    q_head_stride,
+    grad_out,
+    q_rows0,
+    q_rows1,
+    grad_rows0,
+    grad_rows1,
+    first,
+    start,
+    head,
+    at,
+    end,
+    BOXES: tl.constexpr,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    E0: tl.constexpr,
+    E1: tl.constexpr,
+):
+    """Query rows at … at + M of a document (heads fastest): q, dO, position, index among all (token, head) pairs, whether they exist.
+
+    BOXES: through descriptors, where the tile is whole tokens; rows past the end are then other documents', to be masked out.
+    """
+    row = at + tl.arange(0, M)
+    inside = row < end
+    token = (first + row // G).to(tl.int64)
+    query = head * G + row % G
+    pair = token * HQ + query
+    if BOXES:
+        q0, q1 = load_token_rows(q_rows0, q_rows1, first + at // G, head, G, M, D0, D1)
+        do0, do1 = load_token_rows(grad_rows0, grad_rows1, first + at // G, head, G, M, E0, E1)
+    else:
+        q0, q1 = load_pair(q, token * q_stride + query * q_head_stride, inside, D0, D1)
+        do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
+    return q0, q1, do0, do1, start + row // G, pair, inside
+
+
 @triton.jit(repr=_named("dkv"), do_not_specialize=_RUNTIME)
 def banded_grad_kv(
     q,
@@ -209,6 +252,10 @@ def banded_grad_kv(
     values0,
     values1,
     grad_out,
+    q_rows0,
+    q_rows1,
+    grad_rows0,
+    grad_rows1,
     lse,
     delta,
     gates,
@@ -223,6 +270,7 @@ def banded_grad_kv(
     scale,
     raw_scale,
     PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     G: tl.constexpr,
@@ -282,22 +330,23 @@ def banded_grad_kv(
     BRANCH: tl.constexpr = 2 if WINDOW > 0 else 0
     MASK: tl.constexpr = 2 if WINDOW > 0 else 1
     for at_row in tl.range(begin, masked_end, M, num_stages=STAGES):
-        row = at_row + tl.arange(0, M)
-        t = start + row // G
-        token = (first + row // G).to(tl.int64)
-        query = head * G + row % G
+        q0, q1, do0, do1, t, pair, inside = _rows(
+            q, q_stride, q_head_stride, grad_out, q_rows0, q_rows1, grad_rows0, grad_rows1, first, start, head, at_row, end,
+            BOXES, HQ, G, M, D0, D1, E0, E1,
+        )  # fmt: skip
         dk0, dk1, dv0, dv1 = grad_kv_step(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, lse, delta, gates, token * q_stride + query * q_head_stride, token * HQ + query, row < end,
-            column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, D0, D1, E0, E1, PRECISION,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
+            column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, D1, E1, PRECISION,
         )  # fmt: skip
     if WINDOW == 0:
         for at_row in tl.range(masked_end, end, M, num_stages=STAGES):
-            row = at_row + tl.arange(0, M)
-            token = (first + row // G).to(tl.int64)
-            query = head * G + row % G
+            q0, q1, do0, do1, t, pair, inside = _rows(
+                q, q_stride, q_head_stride, grad_out, q_rows0, q_rows1, grad_rows0, grad_rows1, first, start, head, at_row, end,
+                BOXES, HQ, G, M, D0, D1, E0, E1,
+            )  # fmt: skip
             dk0, dk1, dv0, dv1 = grad_kv_step(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, lse, delta, gates, token * q_stride + query * q_head_stride, token * HQ + query, row < end,
-                column, row, row, scale, BRANCH, 0, D0, D1, E0, E1, PRECISION,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
+                column, t, t, scale, BRANCH, 0, D1, E1, PRECISION,
             )  # fmt: skip
     inside = column < num_keys
     to = (part * part_stride + base + column).to(tl.int64) * HKV + head

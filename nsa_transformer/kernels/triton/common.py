@@ -35,6 +35,13 @@ def descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescripto
     return TensorDescriptor(x, shape, strides, [rows, first]), TensorDescriptor(x, shape, strides, [rows, second or first])
 
 
+def token_descriptors(x: Tensor, rows: int, group: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of boxes [rows / group, group, part] of x [T, H, D]: so many query rows of one key/value head."""
+    first, second = split_width(x.shape[2])
+    shape, strides = list(x.shape), list(x.stride())
+    return tuple(TensorDescriptor(x, shape, strides, [rows // group, group, part]) for part in (first, second or first))  # type: ignore[return-value]
+
+
 def precision(dtype: torch.dtype) -> str:
     """float32 products stay float32; 16-bit ones are exact either way."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -89,6 +96,16 @@ def load_tile(part0, part1, row, column, W0: tl.constexpr, W1: tl.constexpr):
     second = first
     if W1 > 0:
         second = part1.load([row, column + W0])
+    return first, second
+
+
+@triton.jit
+def load_token_rows(part0, part1, token, head, G: tl.constexpr, M: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    """M rows from `token` on, G heads of each token, through descriptors of [M / G, G, part] boxes: both parts."""
+    first = tl.reshape(part0.load([token, head * G, 0]), [M, W0])
+    second = first
+    if W1 > 0:
+        second = tl.reshape(part1.load([token, head * G, W0]), [M, W1])
     return first, second
 
 
@@ -214,12 +231,13 @@ def grad_kv_step(
     k1,
     v0,
     v1,
-    q,
-    grad_out,
+    q0,
+    q1,
+    do0,
+    do1,
     lse,
     delta,
     gates,
-    q_offsets,
     pair,
     inside,
     column,
@@ -228,26 +246,23 @@ def grad_kv_step(
     scale,
     BRANCH: tl.constexpr,
     MASK: tl.constexpr,
-    D0: tl.constexpr,
     D1: tl.constexpr,
-    E0: tl.constexpr,
     E1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk, dv of a tile of keys += what the query rows `pair` (indices token * Hq + head) give; scores are [N keys, M rows]."""
-    q0, q1 = load_pair(q, q_offsets, inside, D0, D1)
-    do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
+    """dk, dv of a tile of keys += what M query rows give, whose indices token * Hq + head are `pair`; scores are [N keys, M rows]."""
     row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + pair, mask=inside, other=0.0)
     gate = tl.load(gates + pair * 3 + BRANCH, mask=inside, other=0.0).to(tl.float32)
+    # Both products before the arithmetic on either, so that the second runs beside it.
     s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)
+    dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
     p = tl.exp2(s * scale - row_lse[None, :])
     if MASK == 1:
         p = tl.where(column[:, None] < high[None, :], p, 0.0)
     if MASK == 2:
         p = tl.where((column[:, None] < high[None, :]) & (column[:, None] >= low[None, :]), p, 0.0)
     p = p * gate[None, :]
-    dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
     rounded = p.to(do0.dtype)
     dv0 = tl.dot(rounded, do0, dv0, input_precision=PRECISION)
     if E1 > 0:

@@ -20,6 +20,51 @@ def _take_best(value, index):
     return best, place, tl.where(column == place[:, None], -1.0, value)
 
 
+@triton.jit
+def _score_tile(
+    keys0,
+    keys1,
+    q0,
+    q1,
+    row_lse,
+    limit,
+    own,
+    carried,
+    scratch,
+    base,
+    at,
+    head,
+    scale,
+    MASK: tl.constexpr,
+    FIRST_MEMBER: tl.constexpr,
+    HEADS: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    RUNS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Probabilities of N compressed keys, summed over the heads and over the keys of each block, into the scratch rows."""
+    k0, k1 = load_tile(keys0, keys1, base + at, head * (D0 + D1), D0, D1)
+    s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)
+    p = tl.exp2(s * scale - row_lse[None, :])
+    key = tl.arange(0, N)
+    if MASK:
+        p = tl.where((at + key)[:, None] < limit[None, :], p, 0.0)
+    p = tl.sum(tl.reshape(p, [N, HEADS, P]), axis=1)
+    here = tl.minimum(SPREAD, RUNS - key % RUNS).to(tl.float32)
+    stays = tl.sum(tl.reshape(p * here[:, None], [N // RUNS, RUNS, P]), axis=1)
+    goes = tl.sum(tl.reshape(p * (SPREAD - here)[:, None], [N // RUNS, RUNS, P]), axis=1)
+    to = scratch[None, :] + at // RUNS + tl.arange(0, N // RUNS)[:, None]
+    if FIRST_MEMBER > 0:
+        stays += tl.load(own + to)
+        goes += tl.load(carried + to + 1)
+    tl.store(own + to, stays)
+    tl.store(carried + to + 1, goes)
+
+
 @triton.jit(repr=lambda _: "nsa_score", do_not_specialize=["num_docs", "scratch_width"])
 def score_and_select(
     q,
@@ -73,8 +118,6 @@ def score_and_select(
     token = tl.arange(0, P)
     scratch = (program * P + token).to(tl.int64) * scratch_width
     pair_column = tl.arange(0, HEADS * P)  # head-major
-    key = tl.arange(0, N)
-    here = tl.minimum(SPREAD, RUNS - key % RUNS).to(tl.float32)
     slot = tl.arange(0, SLOTS)
     for item in range(program, num_tiles * HKV, tl.num_programs(0)):
         head = item // num_tiles
@@ -98,20 +141,15 @@ def score_and_select(
             pair = (document_q + inner_token).to(tl.int64) * HQ + head * G + member
             q0, q1 = load_pair(q, pair // HQ * q_stride + pair % HQ * q_head_stride, inside, D0, D1)
             row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
-            for at in tl.range(0, visible, N, num_stages=STAGES):
-                k0, k1 = load_tile(keys0, keys1, base + at, head * (D0 + D1), D0, D1)
-                s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)
-                p = tl.exp2(s * scale - row_lse[None, :])
-                p = tl.where((at + key)[:, None] < limit[None, :], p, 0.0)
-                p = tl.sum(tl.reshape(p, [N, HEADS, P]), axis=1)
-                stays = tl.sum(tl.reshape(p * here[:, None], [N // RUNS, RUNS, P]), axis=1)
-                goes = tl.sum(tl.reshape(p * (SPREAD - here)[:, None], [N // RUNS, RUNS, P]), axis=1)
-                to = scratch[None, :] + at // RUNS + tl.arange(0, N // RUNS)[:, None]
-                if heads > 0:
-                    stays += tl.load(own + to)
-                    goes += tl.load(carried + to + 1)
-                tl.store(own + to, stays)
-                tl.store(carried + to + 1, goes)
+            full = tl.minimum(keys_before(start + first, BLOCK, STRIDE), visible) // N * N  # every token of the tile sees these
+            for at in tl.range(0, full, N, num_stages=STAGES):
+                _score_tile(
+                    keys0, keys1, q0, q1, row_lse, limit, own, carried, scratch, base, at, head, scale, 0, heads, HEADS, P, N, RUNS, SPREAD, D0, D1, PRECISION
+                )
+            for at in tl.range(full, visible, N):
+                _score_tile(
+                    keys0, keys1, q0, q1, row_lse, limit, own, carried, scratch, base, at, head, scale, 1, heads, HEADS, P, N, RUNS, SPREAD, D0, D1, PRECISION
+                )
         covered = tl.cdiv(visible, N) * (N // RUNS)
         tl.debug_barrier()
 
