@@ -86,6 +86,8 @@ def banded_forward(
     low = tl.maximum(t + 1 - WINDOW, 0)
     base = tl.load(key_starts + document)
     end = tl.max(high, 0)
+    first_high = tl.min(high, 0)
+    last_low = tl.max(low, 0)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc0 = tl.zeros([M, E0], tl.float32)
@@ -99,14 +101,15 @@ def banded_forward(
         full = keys_before(tl.min(t, 0), BLOCK, STRIDE) // N * N  # every row of the tile sees these
         for at in tl.range(0, full, N, num_stages=STAGES):
             acc0, acc1, top, total = attend_step(
-                acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1, base + at, head, at, low, high, scale, 0, D0, D1, E0, E1, PRECISION
+                acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1, base + at, head, at, low, high, False, scale, 0, D0, D1, E0, E1, PRECISION
             )
         begin = full
     for at in tl.range(begin, end, N, num_stages=STAGES):
         column = at + tl.arange(0, N)
+        edge = (at < last_low) | (at + N > first_high)
         MASK: tl.constexpr = 2 if WINDOW > 0 else 1
         acc0, acc1, top, total = attend_step(
-            acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1, base + at, head, column, low, high, scale, MASK, D0, D1, E0, E1, PRECISION
+            acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1, base + at, head, column, low, high, edge, scale, MASK, D0, D1, E0, E1, PRECISION
         )
     inverse, row_lse = finish_softmax(top, total, scale)
     store_rows(out, pair * (E0 + E1), inside, acc0 * inverse[:, None], 0, E0)
@@ -163,6 +166,8 @@ def banded_grad_q(
     low = tl.maximum(t + 1 - WINDOW, 0)
     base = tl.load(key_starts + document)
     end = tl.max(high, 0)
+    first_high = tl.min(high, 0)
+    last_low = tl.max(low, 0)
     dq0 = tl.zeros([M, D0], tl.float32)
     dq1 = 0.0
     if D1 > 0:
@@ -175,15 +180,16 @@ def banded_grad_q(
         for at in tl.range(0, full, N, num_stages=STAGES):
             dq0, dq1 = grad_q_step(
                 dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
-                base + at, head, at, low, high, scale, 0, D0, D1, E0, E1, PRECISION,
+                base + at, head, at, low, high, False, scale, 0, D0, D1, E0, E1, PRECISION,
             )  # fmt: skip
         begin = full
     for at in tl.range(begin, end, N, num_stages=STAGES):
         column = at + tl.arange(0, N)
+        edge = (at < last_low) | (at + N > first_high)
         MASK: tl.constexpr = 2 if WINDOW > 0 else 1
         dq0, dq1 = grad_q_step(
             dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
-            base + at, head, column, low, high, scale, MASK, D0, D1, E0, E1, PRECISION,
+            base + at, head, column, low, high, edge, scale, MASK, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     factor = raw_scale * tl.load(gates + pair * 3 + (2 if WINDOW > 0 else 0), mask=inside, other=0.0).to(tl.float32)
     to = pair * (D0 + D1)
@@ -271,6 +277,8 @@ def banded_grad_kv(
     raw_scale,
     PARTS: tl.constexpr,
     BOXES: tl.constexpr,
+    WITH_K: tl.constexpr,
+    WITH_V: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     G: tl.constexpr,
@@ -318,15 +326,21 @@ def banded_grad_kv(
         masked_end = tl.minimum(begin + tl.cdiv(tl.maximum(full - begin, 0), M) * M, end)
 
     k0, k1 = load_tile(keys0, keys1, base + at, head * (D0 + D1), D0, D1)
-    v0, v1 = load_tile(values0, values1, base + at, head * (E0 + E1), E0, E1)
-    dk0 = tl.zeros([N, D0], tl.float32)
-    dv0 = tl.zeros([N, E0], tl.float32)
+    v0 = k0
+    v1 = k1
+    dk0 = 0.0
     dk1 = 0.0
+    dv0 = 0.0
     dv1 = 0.0
-    if D1 > 0:
-        dk1 = tl.zeros([N, D1], tl.float32)
-    if E1 > 0:
-        dv1 = tl.zeros([N, E1], tl.float32)
+    if WITH_K:
+        v0, v1 = load_tile(values0, values1, base + at, head * (E0 + E1), E0, E1)
+        dk0 = tl.zeros([N, D0], tl.float32)
+        if D1 > 0:
+            dk1 = tl.zeros([N, D1], tl.float32)
+    if WITH_V:
+        dv0 = tl.zeros([N, E0], tl.float32)
+        if E1 > 0:
+            dv1 = tl.zeros([N, E1], tl.float32)
     BRANCH: tl.constexpr = 2 if WINDOW > 0 else 0
     MASK: tl.constexpr = 2 if WINDOW > 0 else 1
     for at_row in tl.range(begin, masked_end, M, num_stages=STAGES):
@@ -336,7 +350,7 @@ def banded_grad_kv(
         )  # fmt: skip
         dk0, dk1, dv0, dv1 = grad_kv_step(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
-            column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, D1, E1, PRECISION,
+            column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, WITH_K, WITH_V, D1, E1, PRECISION,
         )  # fmt: skip
     if WINDOW == 0:
         for at_row in tl.range(masked_end, end, M, num_stages=STAGES):
@@ -346,16 +360,18 @@ def banded_grad_kv(
             )  # fmt: skip
             dk0, dk1, dv0, dv1 = grad_kv_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
-                column, t, t, scale, BRANCH, 0, D1, E1, PRECISION,
+                column, t, t, scale, BRANCH, 0, WITH_K, WITH_V, D1, E1, PRECISION,
             )  # fmt: skip
     inside = column < num_keys
     to = (part * part_stride + base + column).to(tl.int64) * HKV + head
-    store_rows(grad_k, to * (D0 + D1), inside, dk0 * raw_scale, 0, D0)
-    store_rows(grad_v, to * (E0 + E1), inside, dv0, 0, E0)
-    if D1 > 0:
-        store_rows(grad_k, to * (D0 + D1), inside, dk1 * raw_scale, D0, D1)
-    if E1 > 0:
-        store_rows(grad_v, to * (E0 + E1), inside, dv1, E0, E1)
+    if WITH_K:
+        store_rows(grad_k, to * (D0 + D1), inside, dk0 * raw_scale, 0, D0)
+        if D1 > 0:
+            store_rows(grad_k, to * (D0 + D1), inside, dk1 * raw_scale, D0, D1)
+    if WITH_V:
+        store_rows(grad_v, to * (E0 + E1), inside, dv0, 0, E0)
+        if E1 > 0:
+            store_rows(grad_v, to * (E0 + E1), inside, dv1, E0, E1)
 
 
 @triton.jit(repr=lambda _: "nsa_sum_parts", do_not_specialize=["size", "used", "num_docs"])

@@ -119,6 +119,14 @@ def dot_pair(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a b. Long sums of float32 products are made of short ones, which keeps their rounding small; tensor cores do so themselves."""
+    if PRECISION == "ieee":
+        return total + tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def attend_step(
     acc0,
     acc1,
@@ -135,6 +143,7 @@ def attend_step(
     column,
     low,
     high,
+    edge,
     scale,
     MASK: tl.constexpr,
     D0: tl.constexpr,
@@ -145,14 +154,15 @@ def attend_step(
 ):
     """One tile of keys of the online softmax in base 2 (scale includes log2 e). `top` is the running maximum of the raw scores.
 
-    MASK 0: every row sees every key; 1: those with column < high; 2: low <= column < high.
+    MASK 0: every row sees every key; 1: those with column < high; 2: low <= column < high, which only a tile at an `edge` asks.
     """
     k0, k1 = load_tile(keys0, keys1, row, head * (D0 + D1), D0, D1)
     s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)
     if MASK == 1:
         s = tl.where(column[None, :] < high[:, None], s, float("-inf"))
     if MASK == 2:
-        s = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), s, float("-inf"))
+        if edge:
+            s = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = new_top * scale
     if MASK > 0:  # a row may have seen nothing yet
@@ -162,9 +172,9 @@ def attend_step(
     total = total * fade + tl.sum(p, 1)
     v0, v1 = load_tile(values0, values1, row, head * (E0 + E1), E0, E1)
     p = p.to(v0.dtype)
-    acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
+    acc0 = add_dot(p, v0, acc0 * fade[:, None], PRECISION)
     if E1 > 0:
-        acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
+        acc1 = add_dot(p, v1, acc1 * fade[:, None], PRECISION)
     return acc0, acc1, new_top, total
 
 
@@ -196,6 +206,7 @@ def grad_q_step(
     column,
     low,
     high,
+    edge,
     scale,
     MASK: tl.constexpr,
     D0: tl.constexpr,
@@ -213,11 +224,12 @@ def grad_q_step(
     if MASK == 1:
         p = tl.where(column[None, :] < high[:, None], p, 0.0)
     if MASK == 2:
-        p = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), p, 0.0)
+        if edge:
+            p = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), p, 0.0)
     ds = (p * (dp - delta[:, None])).to(k0.dtype)
-    dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+    dq0 = add_dot(ds, k0, dq0, PRECISION)
     if D1 > 0:
-        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        dq1 = add_dot(ds, k1, dq1, PRECISION)
     return dq0, dq1
 
 
@@ -246,6 +258,8 @@ def grad_kv_step(
     scale,
     BRANCH: tl.constexpr,
     MASK: tl.constexpr,
+    WITH_K: tl.constexpr,
+    WITH_V: tl.constexpr,
     D1: tl.constexpr,
     E1: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -256,19 +270,22 @@ def grad_kv_step(
     gate = tl.load(gates + pair * 3 + BRANCH, mask=inside, other=0.0).to(tl.float32)
     # Both products before the arithmetic on either, so that the second runs beside it.
     s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)
-    dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
+    if WITH_K:
+        dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
     p = tl.exp2(s * scale - row_lse[None, :])
     if MASK == 1:
         p = tl.where(column[:, None] < high[None, :], p, 0.0)
     if MASK == 2:
         p = tl.where((column[:, None] < high[None, :]) & (column[:, None] >= low[None, :]), p, 0.0)
     p = p * gate[None, :]
-    rounded = p.to(do0.dtype)
-    dv0 = tl.dot(rounded, do0, dv0, input_precision=PRECISION)
-    if E1 > 0:
-        dv1 = tl.dot(rounded, do1, dv1, input_precision=PRECISION)
-    ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
-    dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
-    if D1 > 0:
-        dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+    if WITH_V:
+        rounded = p.to(do0.dtype)
+        dv0 = add_dot(rounded, do0, dv0, PRECISION)
+        if E1 > 0:
+            dv1 = add_dot(rounded, do1, dv1, PRECISION)
+    if WITH_K:
+        ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
+        dk0 = add_dot(ds, q0, dk0, PRECISION)
+        if D1 > 0:
+            dk1 = add_dot(ds, q1, dk1, PRECISION)
     return dk0, dk1, dv0, dv1

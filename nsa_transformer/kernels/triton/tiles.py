@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Tile:
     """rows: query rows (of the score kernel: tokens); keys; warps; stages of the pipeline; registers a thread may use at most, 0: all;
-    heads: of the score kernel, how many of the group go side by side."""
+    heads: of the score kernel, how many of the group go side by side; apart: dk and dv each in a pass of its own"""
 
     rows: int
     keys: int
@@ -16,6 +16,7 @@ class Tile:
     stages: int
     registers: int = 0
     heads: int = 0
+    apart: bool = False
 
 
 @dataclass(frozen=True)
