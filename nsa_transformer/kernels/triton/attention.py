@@ -22,6 +22,7 @@ from nsa_transformer.kernels.triton.selected import selected_forward, selected_g
 from nsa_transformer.kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 SCORE_TABLE = 1 << 26  # float32 entries of the table of importances, 256 MiB
+ROWS_IN_CACHE = 1 << 24  # bytes
 SELECT_CHUNK = 1024  # blocks that selection looks at together
 
 
@@ -244,6 +245,14 @@ def band_grad_q(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Te
     )  # fmt: skip
 
 
+def _parts(pack: _Pack, tiles: int, size: int) -> int:
+    """Runs of queries that the compressed keys' gradients are summed over apart: so short that their rows stay in the cache while all
+    keys pass over them, so few that the parts, of `size` bytes each, fit in a gigabyte."""
+    rows = pack.q.shape[0] * pack.group * (pack.q.shape[2] + pack.selected[1].shape[2]) * pack.q.element_size()
+    wanted = max(rows // ROWS_IN_CACHE, 4 * _programs(pack.q.device) // (tiles * pack.hkv))
+    return max(1, min(64, (1 << 30) // max(size, 1), triton.next_power_of_2(max(wanted, 1))))
+
+
 def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     windowed = name == "window"
     tile = pack.tiles.window_kv if windowed else pack.tiles.compressed_kv
@@ -255,18 +264,16 @@ def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: T
     if num_rows == 0:
         return grads  # type: ignore[return-value]
     tiles = pack.key_tiles(num_rows, tile.keys)
-    # Enough programs to fill the device several times over; the parts' memory is then at most that many tiles, whatever the length.
-    parts = 1 if windowed else max(1, min(32, triton.next_power_of_2(triton.cdiv(8 * _programs(device), tiles * hkv))))
+    parts = 1 if windowed else _parts(pack, tiles, sum(8 * grad.numel() // 2 for grad in grads))
     into = grads if windowed else tuple(torch.empty(parts, *shape, dtype=torch.float32, device=device) for shape in shapes)
     q, group = pack.q, pack.group
     boxes = group & (group - 1) == 0 and group <= tile.rows and q.stride(0) * q.element_size() % 16 == 0 and q.stride(1) * q.element_size() % 16 == 0
     rows = (*token_descriptors(q, tile.rows, group), *token_descriptors(grad_out, tile.rows, group)) if boxes else (None,) * 4
-    for with_k, with_v in ((True, False), (False, True)) if tile.apart else ((True, True),):
-        banded_grad_kv[(tiles * parts, hkv)](
-            *pack.query(), *_keys_values(pair, tile.keys), grad_out, *rows, lse, delta, pack.gates, *into, num_rows, pack.cu_q, starts, pack.q_start,
-            tile_starts, pack.num_docs, pack.log_scale, pack.scale, PARTS=parts, BOXES=boxes, WITH_K=with_k, WITH_V=with_v, **pack.heads(), HKV=hkv, **pack.band(name),
-            M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
-        )  # fmt: skip
+    banded_grad_kv[(tiles * parts, hkv)](
+        *pack.query(), *_keys_values(pair, tile.keys), grad_out, *rows, lse, delta, pack.gates, *into, num_rows, pack.cu_q, starts, pack.q_start,
+        tile_starts, pack.num_docs, pack.log_scale, pack.scale, parts, BOXES=boxes, **pack.heads(), HKV=hkv, **pack.band(name),
+        M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
+    )  # fmt: skip
     if not windowed:
         for source, grad in zip(into, grads, strict=True):
             size = grad.numel()

@@ -86,8 +86,6 @@ def banded_forward(
     low = tl.maximum(t + 1 - WINDOW, 0)
     base = tl.load(key_starts + document)
     end = tl.max(high, 0)
-    first_high = tl.min(high, 0)
-    last_low = tl.max(low, 0)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc0 = tl.zeros([M, E0], tl.float32)
@@ -101,15 +99,14 @@ def banded_forward(
         full = keys_before(tl.min(t, 0), BLOCK, STRIDE) // N * N  # every row of the tile sees these
         for at in tl.range(0, full, N, num_stages=STAGES):
             acc0, acc1, top, total = attend_step(
-                acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1, base + at, head, at, low, high, False, scale, 0, D0, D1, E0, E1, PRECISION
+                acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1, base + at, head, at, low, high, scale, 0, D0, D1, E0, E1, PRECISION
             )
         begin = full
     for at in tl.range(begin, end, N, num_stages=STAGES):
         column = at + tl.arange(0, N)
-        edge = (at < last_low) | (at + N > first_high)
         MASK: tl.constexpr = 2 if WINDOW > 0 else 1
         acc0, acc1, top, total = attend_step(
-            acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1, base + at, head, column, low, high, edge, scale, MASK, D0, D1, E0, E1, PRECISION
+            acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1, base + at, head, column, low, high, scale, MASK, D0, D1, E0, E1, PRECISION
         )
     inverse, row_lse = finish_softmax(top, total, scale)
     store_rows(out, pair * (E0 + E1), inside, acc0 * inverse[:, None], 0, E0)
@@ -166,8 +163,6 @@ def banded_grad_q(
     low = tl.maximum(t + 1 - WINDOW, 0)
     base = tl.load(key_starts + document)
     end = tl.max(high, 0)
-    first_high = tl.min(high, 0)
-    last_low = tl.max(low, 0)
     dq0 = tl.zeros([M, D0], tl.float32)
     dq1 = 0.0
     if D1 > 0:
@@ -180,16 +175,15 @@ def banded_grad_q(
         for at in tl.range(0, full, N, num_stages=STAGES):
             dq0, dq1 = grad_q_step(
                 dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
-                base + at, head, at, low, high, False, scale, 0, D0, D1, E0, E1, PRECISION,
+                base + at, head, at, low, high, scale, 0, D0, D1, E0, E1, PRECISION,
             )  # fmt: skip
         begin = full
     for at in tl.range(begin, end, N, num_stages=STAGES):
         column = at + tl.arange(0, N)
-        edge = (at < last_low) | (at + N > first_high)
         MASK: tl.constexpr = 2 if WINDOW > 0 else 1
         dq0, dq1 = grad_q_step(
             dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
-            base + at, head, column, low, high, edge, scale, MASK, D0, D1, E0, E1, PRECISION,
+            base + at, head, column, low, high, scale, MASK, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     factor = raw_scale * tl.load(gates + pair * 3 + (2 if WINDOW > 0 else 0), mask=inside, other=0.0).to(tl.float32)
     to = pair * (D0 + D1)
@@ -248,7 +242,7 @@ def _rows(
     return q0, q1, do0, do1, start + row // G, pair, inside
 
 
-@triton.jit(repr=_named("dkv"), do_not_specialize=_RUNTIME)
+@triton.jit(repr=_named("dkv"), do_not_specialize=[*_RUNTIME, "num_parts", "part_stride"])
 def banded_grad_kv(
     q,
     q_stride,
@@ -275,10 +269,8 @@ def banded_grad_kv(
     num_docs,
     scale,
     raw_scale,
-    PARTS: tl.constexpr,
+    num_parts,
     BOXES: tl.constexpr,
-    WITH_K: tl.constexpr,
-    WITH_V: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     G: tl.constexpr,
@@ -294,12 +286,14 @@ def banded_grad_kv(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """grad_k, grad_v of one tile of N keys from one of PARTS runs of the queries that see them; part p writes at p * part_stride rows.
+    """grad_k, grad_v of one tile of N keys from one of num_parts runs of the queries that see them; part p writes at p * part_stride rows.
 
     Early compressed keys are seen by all later queries, so their work is cut into parts, which `sum_parts` adds up in order.
     """
-    tile = tl.program_id(0) // PARTS
-    part = tl.program_id(0) % PARTS
+    # All key tiles of one run of queries side by side, so that they read its rows from the cache.
+    tiles_here = tl.num_programs(0) // num_parts
+    tile = tl.program_id(0) % tiles_here
+    part = num_parts - 1 - tl.program_id(0) // tiles_here
     head = tl.program_id(1)
     if tile >= tl.load(tiles + num_docs):
         return
@@ -318,29 +312,23 @@ def banded_grad_kv(
     end = queries * G
     if WINDOW > 0:
         end = tl.minimum(tl.maximum(last + WINDOW - start, 0), queries) * G
-    each = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), PARTS), M) * M
-    begin += part * each
-    end = tl.minimum(begin + each, end)
+    each = tl.cdiv(tl.cdiv(queries * G, num_parts), M) * M
+    begin = tl.maximum(begin, part * each)
+    end = tl.minimum(end, (part + 1) * each)
     masked_end = end
     if WINDOW == 0:
         masked_end = tl.minimum(begin + tl.cdiv(tl.maximum(full - begin, 0), M) * M, end)
 
     k0, k1 = load_tile(keys0, keys1, base + at, head * (D0 + D1), D0, D1)
-    v0 = k0
-    v1 = k1
-    dk0 = 0.0
     dk1 = 0.0
-    dv0 = 0.0
     dv1 = 0.0
-    if WITH_K:
-        v0, v1 = load_tile(values0, values1, base + at, head * (E0 + E1), E0, E1)
-        dk0 = tl.zeros([N, D0], tl.float32)
-        if D1 > 0:
-            dk1 = tl.zeros([N, D1], tl.float32)
-    if WITH_V:
-        dv0 = tl.zeros([N, E0], tl.float32)
-        if E1 > 0:
-            dv1 = tl.zeros([N, E1], tl.float32)
+    v0, v1 = load_tile(values0, values1, base + at, head * (E0 + E1), E0, E1)
+    dk0 = tl.zeros([N, D0], tl.float32)
+    if D1 > 0:
+        dk1 = tl.zeros([N, D1], tl.float32)
+    dv0 = tl.zeros([N, E0], tl.float32)
+    if E1 > 0:
+        dv1 = tl.zeros([N, E1], tl.float32)
     BRANCH: tl.constexpr = 2 if WINDOW > 0 else 0
     MASK: tl.constexpr = 2 if WINDOW > 0 else 1
     for at_row in tl.range(begin, masked_end, M, num_stages=STAGES):
@@ -350,7 +338,7 @@ def banded_grad_kv(
         )  # fmt: skip
         dk0, dk1, dv0, dv1 = grad_kv_step(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
-            column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, WITH_K, WITH_V, D1, E1, PRECISION,
+            column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, D1, E1, PRECISION,
         )  # fmt: skip
     if WINDOW == 0:
         for at_row in tl.range(masked_end, end, M, num_stages=STAGES):
@@ -360,28 +348,26 @@ def banded_grad_kv(
             )  # fmt: skip
             dk0, dk1, dv0, dv1 = grad_kv_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
-                column, t, t, scale, BRANCH, 0, WITH_K, WITH_V, D1, E1, PRECISION,
+                column, t, t, scale, BRANCH, 0, D1, E1, PRECISION,
             )  # fmt: skip
     inside = column < num_keys
     to = (part * part_stride + base + column).to(tl.int64) * HKV + head
-    if WITH_K:
-        store_rows(grad_k, to * (D0 + D1), inside, dk0 * raw_scale, 0, D0)
-        if D1 > 0:
-            store_rows(grad_k, to * (D0 + D1), inside, dk1 * raw_scale, D0, D1)
-    if WITH_V:
-        store_rows(grad_v, to * (E0 + E1), inside, dv0, 0, E0)
-        if E1 > 0:
-            store_rows(grad_v, to * (E0 + E1), inside, dv1, E0, E1)
+    store_rows(grad_k, to * (D0 + D1), inside, dk0 * raw_scale, 0, D0)
+    if D1 > 0:
+        store_rows(grad_k, to * (D0 + D1), inside, dk1 * raw_scale, D0, D1)
+    store_rows(grad_v, to * (E0 + E1), inside, dv0, 0, E0)
+    if E1 > 0:
+        store_rows(grad_v, to * (E0 + E1), inside, dv1, E0, E1)
 
 
-@triton.jit(repr=lambda _: "nsa_sum_parts", do_not_specialize=["size", "used", "num_docs"])
-def sum_parts(parts, out, starts, num_docs, size, row_size, PARTS: tl.constexpr, CHUNK: tl.constexpr):
-    """out [size] = the sum of `parts` [PARTS, size] in order, in out's dtype; 0 in rows past starts[num_docs], which nothing wrote."""
+@triton.jit(repr=lambda _: "nsa_sum_parts", do_not_specialize=["size", "num_parts", "num_docs"])
+def sum_parts(parts, out, starts, num_docs, size, row_size, num_parts, CHUNK: tl.constexpr):
+    """out [size] = the sum of `parts` [num_parts, size] in order, in out's dtype; 0 in rows past starts[num_docs], which nothing wrote."""
     index = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
     used = tl.load(starts + num_docs).to(tl.int64) * row_size
     total = tl.zeros([CHUNK], tl.float32)
-    for part in range(PARTS):
-        total += tl.load(parts + part * size + index, mask=index < used, other=0.0)
+    for part in range(num_parts):
+        total += tl.load(parts + part * size.to(tl.int64) + index, mask=index < used, other=0.0)
     tl.store(out + index, total.to(out.dtype.element_ty), mask=index < size)
 
 

@@ -143,7 +143,6 @@ def attend_step(
     column,
     low,
     high,
-    edge,
     scale,
     MASK: tl.constexpr,
     D0: tl.constexpr,
@@ -154,15 +153,14 @@ def attend_step(
 ):
     """One tile of keys of the online softmax in base 2 (scale includes log2 e). `top` is the running maximum of the raw scores.
 
-    MASK 0: every row sees every key; 1: those with column < high; 2: low <= column < high, which only a tile at an `edge` asks.
+    MASK 0: every row sees every key; 1: those with column < high; 2: low <= column < high.
     """
     k0, k1 = load_tile(keys0, keys1, row, head * (D0 + D1), D0, D1)
     s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)
     if MASK == 1:
         s = tl.where(column[None, :] < high[:, None], s, float("-inf"))
     if MASK == 2:
-        if edge:
-            s = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), s, float("-inf"))
+        s = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = new_top * scale
     if MASK > 0:  # a row may have seen nothing yet
@@ -206,7 +204,6 @@ def grad_q_step(
     column,
     low,
     high,
-    edge,
     scale,
     MASK: tl.constexpr,
     D0: tl.constexpr,
@@ -224,8 +221,7 @@ def grad_q_step(
     if MASK == 1:
         p = tl.where(column[None, :] < high[:, None], p, 0.0)
     if MASK == 2:
-        if edge:
-            p = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), p, 0.0)
+        p = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), p, 0.0)
     ds = (p * (dp - delta[:, None])).to(k0.dtype)
     dq0 = add_dot(ds, k0, dq0, PRECISION)
     if D1 > 0:
@@ -258,8 +254,6 @@ def grad_kv_step(
     scale,
     BRANCH: tl.constexpr,
     MASK: tl.constexpr,
-    WITH_K: tl.constexpr,
-    WITH_V: tl.constexpr,
     D1: tl.constexpr,
     E1: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -270,22 +264,19 @@ def grad_kv_step(
     gate = tl.load(gates + pair * 3 + BRANCH, mask=inside, other=0.0).to(tl.float32)
     # Both products before the arithmetic on either, so that the second runs beside it.
     s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)
-    if WITH_K:
-        dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
+    dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
     p = tl.exp2(s * scale - row_lse[None, :])
     if MASK == 1:
         p = tl.where(column[:, None] < high[None, :], p, 0.0)
     if MASK == 2:
         p = tl.where((column[:, None] < high[None, :]) & (column[:, None] >= low[None, :]), p, 0.0)
     p = p * gate[None, :]
-    if WITH_V:
-        rounded = p.to(do0.dtype)
-        dv0 = add_dot(rounded, do0, dv0, PRECISION)
-        if E1 > 0:
-            dv1 = add_dot(rounded, do1, dv1, PRECISION)
-    if WITH_K:
-        ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
-        dk0 = add_dot(ds, q0, dk0, PRECISION)
-        if D1 > 0:
-            dk1 = add_dot(ds, q1, dk1, PRECISION)
+    rounded = p.to(do0.dtype)
+    dv0 = add_dot(rounded, do0, dv0, PRECISION)
+    if E1 > 0:
+        dv1 = add_dot(rounded, do1, dv1, PRECISION)
+    ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
+    dk0 = add_dot(ds, q0, dk0, PRECISION)
+    if D1 > 0:
+        dk1 = add_dot(ds, q1, dk1, PRECISION)
     return dk0, dk1, dv0, dv1

@@ -100,7 +100,7 @@ def selected_forward(
         block, high = _entry(union, sums, at, sums_at, entry, bit, t, inside, SELECT)
         acc0, acc1, top, total = attend_step(
             acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1,
-            base + block * SELECT, head, column, high, high, True, scale, 1, D0, D1, E0, E1, PRECISION,
+            base + block * SELECT, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     inverse, row_lse = finish_softmax(top, total, scale)
     tl.store(lse + pair, row_lse, mask=inside)
@@ -184,7 +184,7 @@ def selected_grad_q(
         block, high = _entry(union, sums, at, sums_at, entry, bit, t, inside, SELECT)
         dq0, dq1 = grad_q_step(
             dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
-            base + block * SELECT, head, column, high, high, True, scale, 1, D0, D1, E0, E1, PRECISION,
+            base + block * SELECT, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     factor = raw_scale * tl.load(gates + pair * 3 + 1, mask=inside, other=0.0).to(tl.float32)
     to = pair * (D0 + D1)
@@ -276,7 +276,7 @@ def selected_grad_kv(
         do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
         dk0, dk1, dv0, dv1 = grad_kv_step(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
-            column, token, token + shift, scale, 1, 1, True, True, D1, E1, PRECISION,
+            column, token, token + shift, scale, 1, 1, D1, E1, PRECISION,
         )  # fmt: skip
     dk0 *= raw_scale
     if D1 > 0:

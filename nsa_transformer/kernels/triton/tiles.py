@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Tile:
     """rows: query rows (of the score kernel: tokens); keys; warps; stages of the pipeline; registers a thread may use at most, 0: all;
-    heads: of the score kernel, how many of the group go side by side; apart: dk and dv each in a pass of its own"""
+    heads: of the score kernel, how many of the group go side by side"""
 
     rows: int
     keys: int
@@ -16,7 +16,6 @@ class Tile:
     stages: int
     registers: int = 0
     heads: int = 0
-    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
         return Tiles(
             band=Tile(128, 64, 4 if widest <= 128 else 8, 2),
             band_q=Tile(128, 64, 8, 3 if widest <= 128 else 2),
-            compressed_kv=Tile(64, 128, 8, 2 if widest <= 128 else 1),
-            window_kv=Tile(64, 64, 4, 2) if widest <= 128 else Tile(64, 128, 8, 1),
+            compressed_kv=Tile(32, 64, 4, 3) if widest <= 128 else Tile(64, 128, 8, 1),
+            window_kv=Tile(32, 64, 4, 3) if widest <= 128 else Tile(64, 128, 8, 1),
             score=score,
             selected=Tile(64, block, 8 if large else 4, 2 if large else 3),
             selected_q=Tile(64, block, 8 if large else 4, 2 if widest <= 128 else 1),
-            selected_kv=Tile(64, block, 8 if large else 4, 2 if widest <= 128 else 1),
+            selected_kv=Tile(32, block, 8 if large else 4, 2 if widest <= 128 else 1),
         )
     return Tiles(
         band=Tile(64, 64, 4, 2),
