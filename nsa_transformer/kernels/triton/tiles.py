@@ -21,7 +21,7 @@ class Tile:
 @dataclass(frozen=True)
 class Tiles:
     band: Tile
-    band_q: Tile  # same rows as `band`
+    band_q: Tile
     compressed_kv: Tile
     window_kv: Tile
     score: Tile
@@ -30,7 +30,8 @@ class Tiles:
     selected_kv: Tile
 
 
-def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: int) -> Tiles:
+def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: int, major: int) -> Tiles:
+    """For a device of compute capability `major`; tuned on 9, made to fit on 8."""
     widest = max(width, width_v)
     heads = min(1 << max(group - 1, 0).bit_length(), 32)
     block = max(select, 16)  # the least a product takes
@@ -49,7 +50,7 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
     large = select > 64
     if widest <= 128:
         return Tiles(
-            band=Tile(128, 64, 4, 2),
+            band=Tile(128, 64, 4, 2) if major >= 9 else Tile(64, 64, 4, 2),
             band_q=Tile(128, 64, 8, 3),
             compressed_kv=Tile(32, 64, 4, 3),
             window_kv=Tile(32, 64, 4, 3),
@@ -62,7 +63,7 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
     if width + width_v <= 320:
         return Tiles(
             band=Tile(64, 64, 4, 2),
-            band_q=Tile(64, 64, 4, 2),
+            band_q=Tile(128, 64, 8, 2),
             compressed_kv=Tile(32, 64, 4, 2),
             window_kv=Tile(32, 64, 4, 2),
             score=score,
