@@ -309,15 +309,16 @@ def selected_dkv(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, del
     segment = _segment(blocks.numel(), device)
     chosen = lists.make_choosers(blocks, pack.cu_q, pack.q_start, pack.plan.blocks, num_blocks, config.select_block, segment)
     grads = [torch.empty(num_keys, hkv, x.shape[2], dtype=x.dtype, device=device) for x in pack.selected]
-    parts = [torch.empty(max(chosen.max_shared, 1), tile.keys, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
-    selected_grad_kv[(chosen.max_segments,)](
+    pieces = triton.cdiv(config.select_block, tile.keys)
+    parts = [torch.empty(max(chosen.max_shared, 1), pieces * tile.keys, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
+    selected_grad_kv[(chosen.max_segments, pieces)](
         *pack.query(), *_keys_values(pack.selected, tile.keys), chosen.tokens, chosen.starts, chosen.segments, chosen.shared,
         grad_out, lse, delta, pack.gates, *grads, *parts, pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks, segment,
         pack.log_scale, pack.scale, **pack.heads(), HKV=hkv, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip
     for source, grad in zip(parts, grads, strict=True):
         first, second = split_width(grad.shape[2])
-        sum_segments[(hkv * num_blocks,)](
+        sum_segments[(hkv * num_blocks, pieces)](
             source, grad, chosen.shared, pack.cu_k, pack.plan.blocks, pack.num_docs, num_blocks, hkv, config.select_block, tile.keys, first, second
         )
     return grads[0], grads[1]

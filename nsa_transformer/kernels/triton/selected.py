@@ -32,12 +32,15 @@ def _row_tile(tiles, cu_q, q_start, num_docs, head, M: tl.constexpr, G: tl.const
 
 
 @triton.jit
-def _entry(union, sums, at, sums_at, entry, bit, t, inside, SELECT: tl.constexpr):
-    """Block `entry` of the list, and how many of its keys each row sees: those up to t if its token chose the block, else none."""
-    block = tl.load(union + at + entry)
+def _entry(union, sums, at, sums_at, step, bit, t, inside, SELECT: tl.constexpr, N: tl.constexpr):
+    """The N keys of step `step` over a list of blocks: where they start, and how many of them each row sees: those up to t if its token
+    chose the block, else none."""
+    PIECES: tl.constexpr = (SELECT + N - 1) // N
+    entry = step // PIECES
+    start = tl.load(union + at + entry) * SELECT + step % PIECES * N
     members = tl.load(sums + sums_at + entry + 1) - tl.load(sums + sums_at + entry)
     chose = ((members >> bit) & 1) != 0
-    return block, tl.where(chose & inside, tl.minimum(t + 1 - block * SELECT, SELECT), 0)
+    return start, tl.where(chose & inside, tl.minimum(t + 1 - start, SELECT), 0)
 
 
 @triton.jit(repr=lambda _: "nsa_selected_forward", do_not_specialize=["num_docs"])
@@ -96,11 +99,11 @@ def selected_forward(
     acc1 = 0.0
     if E1 > 0:
         acc1 = tl.zeros([M, E1], tl.float32)
-    for entry in tl.range(0, tl.load(counts + tile * HKV + head), num_stages=STAGES):
-        block, high = _entry(union, sums, at, sums_at, entry, bit, t, inside, SELECT)
+    for step in tl.range(0, tl.load(counts + tile * HKV + head) * ((SELECT + N - 1) // N), num_stages=STAGES):
+        position, high = _entry(union, sums, at, sums_at, step, bit, t, inside, SELECT, N)
         acc0, acc1, top, total = attend_step(
             acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1,
-            base + block * SELECT, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
+            base + position, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     inverse, row_lse = finish_softmax(top, total, scale)
     tl.store(lse + pair, row_lse, mask=inside)
@@ -180,11 +183,11 @@ def selected_grad_q(
     dq1 = 0.0
     if D1 > 0:
         dq1 = tl.zeros([M, D1], tl.float32)
-    for entry in tl.range(0, tl.load(counts + tile * HKV + head), num_stages=STAGES):
-        block, high = _entry(union, sums, at, sums_at, entry, bit, t, inside, SELECT)
+    for step in tl.range(0, tl.load(counts + tile * HKV + head) * ((SELECT + N - 1) // N), num_stages=STAGES):
+        position, high = _entry(union, sums, at, sums_at, step, bit, t, inside, SELECT, N)
         dq0, dq1 = grad_q_step(
             dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
-            base + block * SELECT, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
+            base + position, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     factor = raw_scale * tl.load(gates + pair * 3 + 1, mask=inside, other=0.0).to(tl.float32)
     to = pair * (D0 + D1)
@@ -237,7 +240,10 @@ def selected_grad_kv(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """grad_k, grad_v of one block from one segment of the tokens that chose it; into parts_k, parts_v where the block has several segments."""
+    """grad_k, grad_v of N keys of one block from one segment of the tokens that chose it; into parts_k, parts_v where the block has several
+    segments."""
+    PIECES: tl.constexpr = (SELECT + N - 1) // N
+    piece = tl.program_id(1) * N
     item = tl.program_id(0)
     if item >= tl.load(segments + HKV * num_blocks):
         return
@@ -247,9 +253,10 @@ def selected_grad_kv(
     if block >= tl.load(block_starts + num_docs):
         return
     document = find_document(block_starts, num_docs, block)
-    position = (block - tl.load(block_starts + document)) * SELECT
+    position = (block - tl.load(block_starts + document)) * SELECT + piece
     base = tl.load(cu_k + document)
-    inside_keys = (position + tl.arange(0, N) < tl.load(cu_k + document + 1) - base) & (tl.arange(0, N) < SELECT)
+    column = tl.arange(0, N)
+    inside_keys = (position + column < tl.load(cu_k + document + 1) - base) & (column < SELECT)
     base += position
     number = item - tl.load(segments + owner)
     begin = tl.load(starts + owner) + number * segment
@@ -265,7 +272,6 @@ def selected_grad_kv(
         dk1 = tl.zeros([N, D1], tl.float32)
     if E1 > 0:
         dv1 = tl.zeros([N, E1], tl.float32)
-    column = tl.arange(0, N)
     for at in tl.range(0, count, M, num_stages=STAGES):
         row = at + tl.arange(0, M)
         inside = row < count
@@ -283,7 +289,7 @@ def selected_grad_kv(
         dk1 *= raw_scale
     part = tl.load(shared + owner)
     if tl.load(shared + owner + 1) > part:
-        to = (part + number).to(tl.int64) * N + column
+        to = (part + number).to(tl.int64) * (PIECES * N) + piece + column
         everywhere = column >= 0
         store_rows(parts_k, to * (D0 + D1), everywhere, dk0, 0, D0)
         store_rows(parts_v, to * (E0 + E1), everywhere, dv0, 0, E0)
@@ -305,7 +311,9 @@ def selected_grad_kv(
 def sum_segments(
     parts, grad, shared, cu_k, block_starts, num_docs, num_blocks, HKV: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
 ):
-    """grad rows of the blocks with several segments: their sum, in order."""
+    """grad rows of the blocks with several segments, N rows a program: their sum, in order."""
+    PIECES: tl.constexpr = (SELECT + N - 1) // N
+    piece = tl.program_id(1) * N
     owner = tl.program_id(0)
     part = tl.load(shared + owner)
     end = tl.load(shared + owner + 1)
@@ -314,7 +322,7 @@ def sum_segments(
     head = owner // num_blocks
     block = owner % num_blocks
     document = find_document(block_starts, num_docs, block)
-    position = (block - tl.load(block_starts + document)) * SELECT
+    position = (block - tl.load(block_starts + document)) * SELECT + piece
     base = tl.load(cu_k + document)
     column = tl.arange(0, N)
     inside = (position + column < tl.load(cu_k + document + 1) - base) & (column < SELECT)
@@ -323,7 +331,7 @@ def sum_segments(
     if D1 > 0:
         total1 = tl.zeros([N, D1], tl.float32)
     for number in tl.range(part, end):
-        x0, x1 = load_pair(parts, (number.to(tl.int64) * N + column) * (D0 + D1), column >= 0, D0, D1)
+        x0, x1 = load_pair(parts, (number * (PIECES * N) + piece + column).to(tl.int64) * (D0 + D1), column >= 0, D0, D1)
         total0 += x0
         if D1 > 0:
             total1 += x1
