@@ -58,13 +58,13 @@ def check_documents(heads: Heads, config: NSAConfig, backend: str, device: torch
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
     _poison(inputs[0])
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out, blocks = nsa_attention(*_eight(leaves), config, cu_seqlens=cu, backend=backend, return_blocks=True)
+    out, blocks = nsa_attention(*as_arguments(leaves), config, cu_seqlens=cu, backend=backend, return_blocks=True)
     mine = (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
     exact = [x.double().requires_grad_() for x in inputs]
     with torch.no_grad():
-        _, chosen = nsa_attention(*_eight(exact), config, cu_seqlens=cu, backend="reference", return_blocks=True)
-    exact_out = _only(nsa_attention(*_eight(exact), config, cu_seqlens=cu, blocks=blocks, backend="reference"))
+        _, chosen = nsa_attention(*as_arguments(exact), config, cu_seqlens=cu, backend="reference", return_blocks=True)
+    exact_out = _only(nsa_attention(*as_arguments(exact), config, cu_seqlens=cu, blocks=blocks, backend="reference"))
     wanted = (exact_out.detach(), *torch.autograd.grad(exact_out, exact, grad.double()))
 
     plain = [torch.zeros_like(x) for x in (out, *inputs)]
@@ -92,10 +92,10 @@ def check_rows(
     cu = torch.tensor([0, length], dtype=torch.int32, device=grad.device)
     _poison(inputs[0])
     with torch.no_grad():  # also without a backward in sight, as it is timed
-        own_out, own = nsa_attention(*_eight(inputs), config, cu_seqlens=cu, backend=backend, return_blocks=True)
+        own_out, own = nsa_attention(*as_arguments(inputs), config, cu_seqlens=cu, backend=backend, return_blocks=True)
     used = own if blocks is None else blocks
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = _only(nsa_attention(*_eight(leaves), config, cu_seqlens=cu, blocks=used, backend=backend))
+    out = _only(nsa_attention(*as_arguments(leaves), config, cu_seqlens=cu, blocks=used, backend=backend))
     grads = torch.autograd.grad(out, leaves, upstream)
     mine = (out.detach()[rows], grads[0][rows], *grads[1:7], grads[7][rows])
     untouched = all(bool(torch.isfinite(x).all()) for x in (out, own_out, *grads))
@@ -116,8 +116,8 @@ def check_rows(
             "backend": "reference",
         }
         with torch.no_grad():
-            chosen.append(nsa_attention(*_eight(exact), config, **tail, return_blocks=True)[1])
-        exact_out = _only(nsa_attention(*_eight(exact), config, **tail, blocks=used[here]))
+            chosen.append(nsa_attention(*as_arguments(exact), config, **tail, return_blocks=True)[1])
+        exact_out = _only(nsa_attention(*as_arguments(exact), config, **tail, blocks=used[here]))
         found = torch.autograd.grad(exact_out, exact, grad[here].double())
         run = slice(at, at + size)
         for target, part, value in zip(wanted, (run, run, *cut[1:7], run), (exact_out.detach(), *found), strict=True):
@@ -205,7 +205,7 @@ def _poison(like: Tensor) -> None:
     del spoilt
 
 
-def _eight(tensors: Inputs | list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def as_arguments(tensors: Inputs | list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = tensors
     return q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates
 
