@@ -96,7 +96,8 @@ def _measure(shape: Shape, bench: Bench, row: dict[str, Any]) -> None:
     if shape.length >= LONG:
         call = ours(None)[last]
         row["peak_bytes"] = {"NSA": bench.peak_bytes(call)}  # and the warm-up
-        row["times"] = {"own": {last: asdict(timing.Timing((min(bench.timer(call, 2)),), 2))}}
+        found = timing.Timing((min(bench.timer(call, 2)),), 2)
+        row["times"] = {"own": {last: asdict(found) | {"ms": found.ms}}}
         return
 
     with torch.no_grad():
@@ -119,7 +120,10 @@ def _measure(shape: Shape, bench: Bench, row: dict[str, Any]) -> None:
         times.setdefault(side, {})[what] = asdict(found) | {"ms": found.ms}
     row["times"] = times
 
-    row["kernels"] = {"own": bench.kernels_of(sides["own"]["forward"])} | {kind: bench.kernels_of(sides[kind][last]) for kind in kinds}
+    try:
+        row["kernels"] = {"own": bench.kernels_of(sides["own"]["forward"])} | {kind: bench.kernels_of(sides[kind][last]) for kind in kinds}
+    except RuntimeError as error:  # of the profiler: the times above stand without it
+        row["kernels"], row["refused"]["profiler"] = {}, timing.describe(error)
     row["selection_ms"], row["selection_from"] = selection_time(row)
     row["peak_bytes"] = {"NSA": bench.peak_bytes(sides["own"][last])}
     for name in bench.dense:
@@ -133,7 +137,7 @@ def _measure(shape: Shape, bench: Bench, row: dict[str, Any]) -> None:
 def selection_time(row: dict[str, Any]) -> tuple[float | None, str]:
     """What choosing the blocks takes: its kernel's own time, or where the profiler saw none, the forward with it less the one on the same
     blocks given."""
-    parts, _ = counts.by_part(row["kernels"]["own"])
+    parts, _ = counts.by_part(row["kernels"].get("own", {}))
     if "score + top-n" in parts:
         return parts["score + top-n"], "profiler"
     whole, given = (row["times"][side]["forward"]["ms"] for side in ("own", "own, given"))

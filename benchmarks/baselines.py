@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.gate import Inputs
-from benchmarks.timing import Call, describe
+from benchmarks.timing import Call
 
 DENSE = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
 WAYS = ("", "keys and values repeated for every query head", "values padded to the keys' width", "keys and values repeated, values padded")
@@ -35,21 +36,25 @@ def dense_calls(backend: SDPBackend, inputs: Inputs, grad: Tensor, backward: boo
     """{"forward", "forward+backward"} of dense causal attention of q with the keys and values of the selected branch; and in which way, in words,
     if not the plain one. A way that the backend refuses on a short piece is passed over. Raises `RuntimeError` where none is left."""
     q, k, v, grad = (x.transpose(0, 1).unsqueeze(0) for x in (inputs[0], inputs[3], inputs[4], grad))
-    refusals: list[str] = []
+    refusal: RuntimeError | None = None
     for number, way in enumerate(WAYS):
         if (number & 1 and q.shape[1] == k.shape[1]) or (number & 2 and v.shape[-1] >= k.shape[-1]):
             continue
         try:
-            for call in _dense(backend, *(x[:, :, :PROBE] for x in (q, k, v, grad)), number, backward).values():
-                call()
+            pieces = [x[:, :, :PROBE] for x in (q, k, v, grad)]
+            with warnings.catch_warnings():  # torch says at length why it refuses
+                warnings.simplefilter("ignore")
+                for call in _dense(backend, *pieces, way=number, backward=backward).values():
+                    call()
         except RuntimeError as error:
-            refusals.append(f"{way or 'as it is'}: {describe(error)}")
+            refusal = refusal or error
             continue
-        return _dense(backend, q, k, v, grad, number, backward), way
-    raise RuntimeError("; ".join(refusals))
+        return _dense(backend, q, k, v, grad, way=number, backward=backward), way
+    assert refusal is not None
+    raise refusal
 
 
-def _dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, way: int, backward: bool) -> dict[str, Call]:
+def _dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, way: int, backward: bool) -> dict[str, Call]:
     scale = q.shape[-1] ** -0.5
     if way & 1:  # outside of what is timed
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

@@ -53,8 +53,8 @@ def random_inputs(heads: Heads, length: int, compressed: int, dtype: torch.dtype
 
 def check_documents(heads: Heads, config: NSAConfig, backend: str, device: torch.device | str, dtype: torch.dtype, lengths: tuple[int, ...]) -> Verdict:
     """A pack of documents, whole."""
-    total, rows = sum(lengths), sum(num_compressed(length, config) for length in lengths)
-    inputs, grad = random_inputs(heads, total, rows, dtype, device)
+    total = sum(lengths)
+    inputs, grad = random_inputs(heads, total, sum(num_compressed(length, config) for length in lengths), dtype, device)
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
     _poison(inputs[0])
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -80,9 +80,7 @@ def check_documents(heads: Heads, config: NSAConfig, backend: str, device: torch
     return judge(mine, wanted, plain, _agreement(blocks, chosen))
 
 
-def check_rows(
-    heads: Heads, length: int, config: NSAConfig, backend: str, inputs: Inputs, grad: Tensor, blocks: Tensor | None, places: int = 3
-) -> Verdict:
+def check_rows(heads: Heads, length: int, config: NSAConfig, backend: str, inputs: Inputs, grad: Tensor, blocks: Tensor | None, places: int = 3) -> Verdict:
     """One document of `length` tokens at `places` runs of neighbouring queries, the last ones among them; `blocks` None: the backend's own choice."""
     count = max(2, min(64, SCORES // (heads.hq * length * places)))
     starts = sorted({max(0, (length - count) * (place + 1) // places) for place in range(places)})
@@ -93,13 +91,15 @@ def check_rows(
     _poison(inputs[0])
     with torch.no_grad():  # also without a backward in sight, as it is timed
         own_out, own = nsa_attention(*as_arguments(inputs), config, cu_seqlens=cu, backend=backend, return_blocks=True)
+    finite = bool(torch.isfinite(own_out).all())
+    del own_out
     used = own if blocks is None else blocks
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = _only(nsa_attention(*as_arguments(leaves), config, cu_seqlens=cu, blocks=used, backend=backend))
     grads = torch.autograd.grad(out, leaves, upstream)
     mine = (out.detach()[rows], grads[0][rows], *grads[1:7], grads[7][rows])
-    untouched = all(bool(torch.isfinite(x).all()) for x in (out, own_out, *grads))
-    del out, own_out, grads, leaves, upstream
+    finite = finite and all(bool(torch.isfinite(x).all()) for x in (out, *grads))
+    del out, grads, leaves, upstream
 
     wanted: list[Tensor] = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in mine]
     chosen = []
@@ -127,7 +127,7 @@ def check_rows(
     sliced = (inputs[0][rows], *inputs[1:7], inputs[7][rows])
     plain = plain_attention(sliced, grad[rows], used[rows], rows, config)
     verdict = judge(mine, wanted, plain, _agreement(own[rows], torch.cat(chosen)))
-    if not untouched:
+    if not finite:
         return Verdict(False, verdict.worst, verdict.worst_of, verdict.agreement, "the output or a gradient is not finite outside the checked queries")
     return verdict
 

@@ -22,7 +22,7 @@ class CudaTimer:
     """CUDA events around each call; before each, the L2 cache is filled with something else."""
 
     def __init__(self, device: torch.device) -> None:
-        size = torch.cuda.get_device_properties(device).L2_cache_size
+        size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 1 << 26)
         self._flush = torch.empty(max(4 * size, 1 << 27), dtype=torch.int8, device=device)
 
     def __call__(self, call: Call, repeats: int) -> list[float]:
