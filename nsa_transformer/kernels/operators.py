@@ -156,9 +156,12 @@ def _save_for_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     *tensors, ctx.geometry, ctx.scale, ctx.save = inputs
     _, blocks, outs, lse = output
     ctx.save_for_backward(*tensors[:11], blocks, outs, lse)
+    ctx.set_materialize_grads(False)  # or `outs` would get a gradient of zeros as large as itself
 
 
-def _backward_triton(ctx: Any, grad_out: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_triton(ctx: Any, grad_out: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 15
     assert ctx.save, "the forward ran without gradients"
     return *triton_backward_op(grad_out, *ctx.saved_tensors, ctx.geometry, ctx.scale), *[None] * 7
 

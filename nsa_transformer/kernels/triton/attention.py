@@ -14,12 +14,16 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.triton import lists
 from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
-from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width
+from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width, token_descriptors
 from nsa_transformer.kernels.triton.gates import gate_gradients
 from nsa_transformer.kernels.triton.plan import Plan, make_plan
-from nsa_transformer.kernels.triton.select import score_and_select
+from nsa_transformer.kernels.triton.select import score, select_blocks
 from nsa_transformer.kernels.triton.selected import selected_forward, selected_grad_kv, selected_grad_q, sum_segments
 from nsa_transformer.kernels.triton.tiles import Tile, Tiles, choose_tiles
+
+SCORE_TABLE = 1 << 26  # float32 entries of the table of importances, 256 MiB
+ROWS_IN_CACHE = 1 << 24  # bytes
+SELECT_CHUNK = 1024  # blocks that selection looks at together
 
 
 @dataclass(frozen=True)
@@ -156,28 +160,30 @@ def band_forward(pack: _Pack, name: str, out: Tensor, lse: Tensor) -> None:
 
 
 def choose_blocks(pack: _Pack, lse: Tensor) -> Tensor:
-    """The blocks of every query, int32 [T, Hkv, n], from the compressed branch's lse."""
+    """The blocks of every query, int32 [T, Hkv, n], from the compressed branch's lse; a strip of tokens at a time, so that the table is bounded."""
     config, tile, device = pack.config, pack.tiles.score, pack.q.device
-    queries, hkv, free = pack.q.shape[0], pack.hkv, config.num_selected - config.num_initial - config.num_local
+    queries, keys, hkv = pack.q.shape[0], pack.selected[0].shape[0], pack.hkv
     blocks = torch.empty(queries, hkv, config.num_selected, dtype=torch.int32, device=device)
-    most = triton.cdiv(pack.selected[0].shape[0], config.select_block)
-    chunk = min(triton.next_power_of_2(most), 1024)
-    chunks = triton.cdiv(most, chunk)
-    found = triton.next_power_of_2(chunks * free) if chunks > 1 and free else 0
-    programs = min(pack.key_tiles(queries, tile.rows) * hkv, _programs(device) * 2)
-    width = triton.cdiv(most + tile.keys, 4) * 4 + 4
-    own, carried = (torch.empty(programs, tile.rows, width, dtype=torch.float32, device=device) for _ in range(2))
-    found_value = torch.empty(programs, tile.rows, max(found, 1), dtype=torch.float32, device=device)
-    found_block = torch.empty(programs, tile.rows, max(found, 1), dtype=torch.int32, device=device)
-    heads = tile.heads
-    score_and_select[(programs,)](
-        *pack.query(), *descriptors(pack.compressed[0], tile.keys), lse, own, carried, found_value, found_block, blocks,
-        pack.cu_q, pack.plan.compressed, pack.q_start, pack.plan.score, pack.num_docs, width, pack.log_scale,
-        **pack.heads(), HKV=hkv, HEADS=heads, P=tile.rows, N=tile.keys, BLOCK=config.compress_block, STRIDE=config.compress_stride,
-        SELECT=config.select_block, NUM=config.num_selected, INITIAL=config.num_initial, LOCAL=config.num_local,
-        SLOTS=triton.next_power_of_2(config.num_selected), CHUNK=chunk, FOUND=found,
-        **{k: v for k, v in pack.widths().items() if k[0] in "DP"}, **_launch(tile),
-    )  # fmt: skip
+    width = triton.cdiv(triton.cdiv(keys, config.select_block) + tile.keys + 1, 4) * 4
+    tiles = pack.key_tiles(queries, tile.rows)
+    strip = max(1, min(tiles, SCORE_TABLE // (2 * width * hkv * tile.rows)))
+    own, carried = torch.empty(2, strip * tile.rows, hkv, width, dtype=torch.float32, device=device).unbind(0)
+    geometry = {"BLOCK": config.compress_block, "STRIDE": config.compress_stride, "SELECT": config.select_block, "NUM": config.num_selected}
+    shared = {"HKV": hkv, "P": tile.rows, "N": tile.keys, **geometry}
+    for first in range(0, tiles, strip):
+        count = min(strip, tiles - first)
+        score[(count, hkv)](
+            *pack.query(), *descriptors(pack.compressed[0], tile.keys), lse, own, carried,
+            pack.cu_q, pack.plan.compressed, pack.q_start, pack.plan.score, pack.num_docs, first, width, pack.log_scale,
+            **pack.heads(), HEADS=tile.heads, **shared, **{k: v for k, v in pack.widths().items() if k[0] in "DP"}, **_launch(tile),
+        )  # fmt: skip
+        # No query of the strip stands later than its index in the pack, or than that many keys before the end.
+        reach = min(keys, (first + count) * tile.rows + keys - queries)
+        chunk = max(16, min(SELECT_CHUNK, triton.next_power_of_2(triton.cdiv(reach, config.select_block))))
+        select_blocks[(count * tile.rows, hkv)](
+            own, carried, blocks, pack.cu_q, pack.q_start, pack.plan.score, pack.num_docs, first, width, **shared,
+            INITIAL=config.num_initial, LOCAL=config.num_local, SLOTS=max(2, triton.next_power_of_2(config.num_selected)), CHUNK=chunk, num_warps=1,
+        )  # fmt: skip
     return blocks
 
 
@@ -239,6 +245,14 @@ def band_grad_q(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Te
     )  # fmt: skip
 
 
+def _parts(pack: _Pack, tiles: int, size: int) -> int:
+    """Runs of queries that the compressed keys' gradients are summed over apart: so short that their rows stay in the cache while all
+    keys pass over them, so few that the parts, of `size` bytes each, fit in a gigabyte."""
+    rows = pack.q.shape[0] * pack.group * (pack.q.shape[2] + pack.selected[1].shape[2]) * pack.q.element_size()
+    wanted = max(rows // ROWS_IN_CACHE, 4 * _programs(pack.q.device) // (tiles * pack.hkv))
+    return max(1, min(64, (1 << 30) // max(size, 1), triton.next_power_of_2(max(wanted, 1))))
+
+
 def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     windowed = name == "window"
     tile = pack.tiles.window_kv if windowed else pack.tiles.compressed_kv
@@ -250,12 +264,14 @@ def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: T
     if num_rows == 0:
         return grads  # type: ignore[return-value]
     tiles = pack.key_tiles(num_rows, tile.keys)
-    # Enough programs to fill the device several times over; the parts' memory is then at most that many tiles, whatever the length.
-    parts = 1 if windowed else max(1, min(32, triton.next_power_of_2(triton.cdiv(8 * _programs(device), tiles * hkv))))
+    parts = 1 if windowed else _parts(pack, tiles, sum(8 * grad.numel() // 2 for grad in grads))
     into = grads if windowed else tuple(torch.empty(parts, *shape, dtype=torch.float32, device=device) for shape in shapes)
+    q, group = pack.q, pack.group
+    boxes = group & (group - 1) == 0 and group <= tile.rows and q.stride(0) * q.element_size() % 16 == 0 and q.stride(1) * q.element_size() % 16 == 0
+    rows = (*token_descriptors(q, tile.rows, group), *token_descriptors(grad_out, tile.rows, group)) if boxes else (None,) * 4
     banded_grad_kv[(tiles * parts, hkv)](
-        *pack.query(), *_keys_values(pair, tile.keys), grad_out, lse, delta, pack.gates, *into, num_rows, pack.cu_q, starts, pack.q_start,
-        tile_starts, pack.num_docs, pack.log_scale, pack.scale, PARTS=parts, **pack.heads(), HKV=hkv, **pack.band(name),
+        *pack.query(), *_keys_values(pair, tile.keys), grad_out, *rows, lse, delta, pack.gates, *into, num_rows, pack.cu_q, starts, pack.q_start,
+        tile_starts, pack.num_docs, pack.log_scale, pack.scale, parts, BOXES=boxes, **pack.heads(), HKV=hkv, **pack.band(name),
         M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip
     if not windowed:
@@ -276,11 +292,16 @@ def selected_dq(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delt
     )  # fmt: skip
 
 
+def _segment(entries: int, device: torch.device) -> int:
+    """Tokens of a segment: so few that the segments fill the device several times over, so many that their parts stay small."""
+    return max(128, min(2048, triton.next_power_of_2(max(entries, 1)) // (16 * triton.next_power_of_2(_programs(device)))))
+
+
 def selected_dkv(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     config, tile, hkv, device = pack.config, pack.tiles.selected_kv, pack.hkv, pack.q.device
     num_keys = pack.selected[0].shape[0]
     num_blocks = pack.key_tiles(num_keys, config.select_block)
-    segment = max(64, 32768 // pack.group)
+    segment = _segment(blocks.numel(), device)
     chosen = lists.make_choosers(blocks, pack.cu_q, pack.q_start, pack.plan.blocks, num_blocks, config.select_block, segment)
     grads = [torch.empty(num_keys, hkv, x.shape[2], dtype=x.dtype, device=device) for x in pack.selected]
     parts = [torch.empty(max(chosen.max_shared, 1), tile.keys, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]

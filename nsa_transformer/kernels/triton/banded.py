@@ -18,6 +18,7 @@ from nsa_transformer.kernels.triton.common import (
     keys_before,
     load_pair,
     load_tile,
+    load_token_rows,
     store_rows,
 )
 
@@ -199,7 +200,49 @@ def banded_grad_q(
         store_rows(grad_q, to, inside, dq1, D0, D1)
 
 
-@triton.jit(repr=_named("dkv"), do_not_specialize=_RUNTIME)
+@triton.jit
+def _rows(
+    q,
+    q_stride,
+    q_head_stride,
+    grad_out,
+    q_rows0,
+    q_rows1,
+    grad_rows0,
+    grad_rows1,
+    first,
+    start,
+    head,
+    at,
+    end,
+    BOXES: tl.constexpr,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    E0: tl.constexpr,
+    E1: tl.constexpr,
+):
+    """Query rows at … at + M of a document (heads fastest): q, dO, position, index among all (token, head) pairs, whether they exist.
+
+    BOXES: through descriptors, where the tile is whole tokens; rows past the end are then other documents', to be masked out.
+    """
+    row = at + tl.arange(0, M)
+    inside = row < end
+    token = (first + row // G).to(tl.int64)
+    query = head * G + row % G
+    pair = token * HQ + query
+    if BOXES:
+        q0, q1 = load_token_rows(q_rows0, q_rows1, first + at // G, head, G, M, D0, D1)
+        do0, do1 = load_token_rows(grad_rows0, grad_rows1, first + at // G, head, G, M, E0, E1)
+    else:
+        q0, q1 = load_pair(q, token * q_stride + query * q_head_stride, inside, D0, D1)
+        do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
+    return q0, q1, do0, do1, start + row // G, pair, inside
+
+
+@triton.jit(repr=_named("dkv"), do_not_specialize=[*_RUNTIME, "num_parts", "part_stride"])
 def banded_grad_kv(
     q,
     q_stride,
@@ -209,6 +252,10 @@ def banded_grad_kv(
     values0,
     values1,
     grad_out,
+    q_rows0,
+    q_rows1,
+    grad_rows0,
+    grad_rows1,
     lse,
     delta,
     gates,
@@ -222,7 +269,8 @@ def banded_grad_kv(
     num_docs,
     scale,
     raw_scale,
-    PARTS: tl.constexpr,
+    num_parts,
+    BOXES: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     G: tl.constexpr,
@@ -238,12 +286,14 @@ def banded_grad_kv(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """grad_k, grad_v of one tile of N keys from one of PARTS runs of the queries that see them; part p writes at p * part_stride rows.
+    """grad_k, grad_v of one tile of N keys from one of num_parts runs of the queries that see them; part p writes at p * part_stride rows.
 
     Early compressed keys are seen by all later queries, so their work is cut into parts, which `sum_parts` adds up in order.
     """
-    tile = tl.program_id(0) // PARTS
-    part = tl.program_id(0) % PARTS
+    # All key tiles of one run of queries side by side, so that they read its rows from the cache.
+    tiles_here = tl.num_programs(0) // num_parts
+    tile = tl.program_id(0) % tiles_here
+    part = num_parts - 1 - tl.program_id(0) // tiles_here
     head = tl.program_id(1)
     if tile >= tl.load(tiles + num_docs):
         return
@@ -262,61 +312,62 @@ def banded_grad_kv(
     end = queries * G
     if WINDOW > 0:
         end = tl.minimum(tl.maximum(last + WINDOW - start, 0), queries) * G
-    each = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), PARTS), M) * M
-    begin += part * each
-    end = tl.minimum(begin + each, end)
+    each = tl.cdiv(tl.cdiv(queries * G, num_parts), M) * M
+    begin = tl.maximum(begin, part * each)
+    end = tl.minimum(end, (part + 1) * each)
     masked_end = end
     if WINDOW == 0:
         masked_end = tl.minimum(begin + tl.cdiv(tl.maximum(full - begin, 0), M) * M, end)
 
     k0, k1 = load_tile(keys0, keys1, base + at, head * (D0 + D1), D0, D1)
-    v0, v1 = load_tile(values0, values1, base + at, head * (E0 + E1), E0, E1)
-    dk0 = tl.zeros([N, D0], tl.float32)
-    dv0 = tl.zeros([N, E0], tl.float32)
     dk1 = 0.0
     dv1 = 0.0
+    v0, v1 = load_tile(values0, values1, base + at, head * (E0 + E1), E0, E1)
+    dk0 = tl.zeros([N, D0], tl.float32)
     if D1 > 0:
         dk1 = tl.zeros([N, D1], tl.float32)
+    dv0 = tl.zeros([N, E0], tl.float32)
     if E1 > 0:
         dv1 = tl.zeros([N, E1], tl.float32)
     BRANCH: tl.constexpr = 2 if WINDOW > 0 else 0
     MASK: tl.constexpr = 2 if WINDOW > 0 else 1
     for at_row in tl.range(begin, masked_end, M, num_stages=STAGES):
-        row = at_row + tl.arange(0, M)
-        t = start + row // G
-        token = (first + row // G).to(tl.int64)
-        query = head * G + row % G
+        q0, q1, do0, do1, t, pair, inside = _rows(
+            q, q_stride, q_head_stride, grad_out, q_rows0, q_rows1, grad_rows0, grad_rows1, first, start, head, at_row, end,
+            BOXES, HQ, G, M, D0, D1, E0, E1,
+        )  # fmt: skip
         dk0, dk1, dv0, dv1 = grad_kv_step(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, lse, delta, gates, token * q_stride + query * q_head_stride, token * HQ + query, row < end,
-            column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, D0, D1, E0, E1, PRECISION,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
+            column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, D1, E1, PRECISION,
         )  # fmt: skip
     if WINDOW == 0:
         for at_row in tl.range(masked_end, end, M, num_stages=STAGES):
-            row = at_row + tl.arange(0, M)
-            token = (first + row // G).to(tl.int64)
-            query = head * G + row % G
+            q0, q1, do0, do1, t, pair, inside = _rows(
+                q, q_stride, q_head_stride, grad_out, q_rows0, q_rows1, grad_rows0, grad_rows1, first, start, head, at_row, end,
+                BOXES, HQ, G, M, D0, D1, E0, E1,
+            )  # fmt: skip
             dk0, dk1, dv0, dv1 = grad_kv_step(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, lse, delta, gates, token * q_stride + query * q_head_stride, token * HQ + query, row < end,
-                column, row, row, scale, BRANCH, 0, D0, D1, E0, E1, PRECISION,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
+                column, t, t, scale, BRANCH, 0, D1, E1, PRECISION,
             )  # fmt: skip
     inside = column < num_keys
     to = (part * part_stride + base + column).to(tl.int64) * HKV + head
     store_rows(grad_k, to * (D0 + D1), inside, dk0 * raw_scale, 0, D0)
-    store_rows(grad_v, to * (E0 + E1), inside, dv0, 0, E0)
     if D1 > 0:
         store_rows(grad_k, to * (D0 + D1), inside, dk1 * raw_scale, D0, D1)
+    store_rows(grad_v, to * (E0 + E1), inside, dv0, 0, E0)
     if E1 > 0:
         store_rows(grad_v, to * (E0 + E1), inside, dv1, E0, E1)
 
 
-@triton.jit(repr=lambda _: "nsa_sum_parts", do_not_specialize=["size", "used", "num_docs"])
-def sum_parts(parts, out, starts, num_docs, size, row_size, PARTS: tl.constexpr, CHUNK: tl.constexpr):
-    """out [size] = the sum of `parts` [PARTS, size] in order, in out's dtype; 0 in rows past starts[num_docs], which nothing wrote."""
+@triton.jit(repr=lambda _: "nsa_sum_parts", do_not_specialize=["size", "num_parts", "num_docs"])
+def sum_parts(parts, out, starts, num_docs, size, row_size, num_parts, CHUNK: tl.constexpr):
+    """out [size] = the sum of `parts` [num_parts, size] in order, in out's dtype; 0 in rows past starts[num_docs], which nothing wrote."""
     index = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
     used = tl.load(starts + num_docs).to(tl.int64) * row_size
     total = tl.zeros([CHUNK], tl.float32)
-    for part in range(PARTS):
-        total += tl.load(parts + part * size + index, mask=index < used, other=0.0)
+    for part in range(num_parts):
+        total += tl.load(parts + part * size.to(tl.int64) + index, mask=index < used, other=0.0)
     tl.store(out + index, total.to(out.dtype.element_ty), mask=index < size)
 
 

@@ -35,6 +35,13 @@ def descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescripto
     return TensorDescriptor(x, shape, strides, [rows, first]), TensorDescriptor(x, shape, strides, [rows, second or first])
 
 
+def token_descriptors(x: Tensor, rows: int, group: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of boxes [rows / group, group, part] of x [T, H, D]: so many query rows of one key/value head."""
+    first, second = split_width(x.shape[2])
+    shape, strides = list(x.shape), list(x.stride())
+    return tuple(TensorDescriptor(x, shape, strides, [rows // group, group, part]) for part in (first, second or first))  # type: ignore[return-value]
+
+
 def precision(dtype: torch.dtype) -> str:
     """float32 products stay float32; 16-bit ones are exact either way."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -93,12 +100,30 @@ def load_tile(part0, part1, row, column, W0: tl.constexpr, W1: tl.constexpr):
 
 
 @triton.jit
+def load_token_rows(part0, part1, token, head, G: tl.constexpr, M: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    """M rows from `token` on, G heads of each token, through descriptors of [M / G, G, part] boxes: both parts."""
+    first = tl.reshape(part0.load([token, head * G, 0]), [M, W0])
+    second = first
+    if W1 > 0:
+        second = tl.reshape(part1.load([token, head * G, W0]), [M, W1])
+    return first, second
+
+
+@triton.jit
 def dot_pair(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T over both parts, float32."""
     product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
     if SPLIT:
         product = tl.dot(a1, tl.trans(b1), product, input_precision=PRECISION)
     return product
+
+
+@triton.jit
+def add_dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a b. Long sums of float32 products are made of short ones, which keeps their rounding small; tensor cores do so themselves."""
+    if PRECISION == "ieee":
+        return total + tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -145,9 +170,9 @@ def attend_step(
     total = total * fade + tl.sum(p, 1)
     v0, v1 = load_tile(values0, values1, row, head * (E0 + E1), E0, E1)
     p = p.to(v0.dtype)
-    acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
+    acc0 = add_dot(p, v0, acc0 * fade[:, None], PRECISION)
     if E1 > 0:
-        acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
+        acc1 = add_dot(p, v1, acc1 * fade[:, None], PRECISION)
     return acc0, acc1, new_top, total
 
 
@@ -198,9 +223,9 @@ def grad_q_step(
     if MASK == 2:
         p = tl.where((column[None, :] < high[:, None]) & (column[None, :] >= low[:, None]), p, 0.0)
     ds = (p * (dp - delta[:, None])).to(k0.dtype)
-    dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+    dq0 = add_dot(ds, k0, dq0, PRECISION)
     if D1 > 0:
-        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        dq1 = add_dot(ds, k1, dq1, PRECISION)
     return dq0, dq1
 
 
@@ -214,12 +239,13 @@ def grad_kv_step(
     k1,
     v0,
     v1,
-    q,
-    grad_out,
+    q0,
+    q1,
+    do0,
+    do1,
     lse,
     delta,
     gates,
-    q_offsets,
     pair,
     inside,
     column,
@@ -228,32 +254,29 @@ def grad_kv_step(
     scale,
     BRANCH: tl.constexpr,
     MASK: tl.constexpr,
-    D0: tl.constexpr,
     D1: tl.constexpr,
-    E0: tl.constexpr,
     E1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk, dv of a tile of keys += what the query rows `pair` (indices token * Hq + head) give; scores are [N keys, M rows]."""
-    q0, q1 = load_pair(q, q_offsets, inside, D0, D1)
-    do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
+    """dk, dv of a tile of keys += what M query rows give, whose indices token * Hq + head are `pair`; scores are [N keys, M rows]."""
     row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + pair, mask=inside, other=0.0)
     gate = tl.load(gates + pair * 3 + BRANCH, mask=inside, other=0.0).to(tl.float32)
+    # Both products before the arithmetic on either, so that the second runs beside it.
     s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)
+    dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
     p = tl.exp2(s * scale - row_lse[None, :])
     if MASK == 1:
         p = tl.where(column[:, None] < high[None, :], p, 0.0)
     if MASK == 2:
         p = tl.where((column[:, None] < high[None, :]) & (column[:, None] >= low[None, :]), p, 0.0)
     p = p * gate[None, :]
-    dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
     rounded = p.to(do0.dtype)
-    dv0 = tl.dot(rounded, do0, dv0, input_precision=PRECISION)
+    dv0 = add_dot(rounded, do0, dv0, PRECISION)
     if E1 > 0:
-        dv1 = tl.dot(rounded, do1, dv1, input_precision=PRECISION)
+        dv1 = add_dot(rounded, do1, dv1, PRECISION)
     ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
-    dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+    dk0 = add_dot(ds, q0, dk0, PRECISION)
     if D1 > 0:
-        dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+        dk1 = add_dot(ds, q1, dk1, PRECISION)
     return dk0, dk1, dv0, dv1

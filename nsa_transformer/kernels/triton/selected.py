@@ -271,10 +271,12 @@ def selected_grad_kv(
         inside = row < count
         token = tl.load(tokens + begin + row // G, mask=inside, other=0)
         query = head * G + row % G
+        pair = token.to(tl.int64) * HQ + query
+        q0, q1 = load_pair(q, token.to(tl.int64) * q_stride + query * q_head_stride, inside, D0, D1)
+        do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
         dk0, dk1, dv0, dv1 = grad_kv_step(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, lse, delta, gates,
-            token.to(tl.int64) * q_stride + query * q_head_stride, token.to(tl.int64) * HQ + query, inside,
-            column, token, token + shift, scale, 1, 1, D0, D1, E0, E1, PRECISION,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
+            column, token, token + shift, scale, 1, 1, D1, E1, PRECISION,
         )  # fmt: skip
     dk0 *= raw_scale
     if D1 > 0:

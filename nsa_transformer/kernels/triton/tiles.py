@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Tile:
     """rows: query rows (of the score kernel: tokens); keys; warps; stages of the pipeline; registers a thread may use at most, 0: all;
-    heads: of the score kernel, how many of the group go side by side."""
+    heads: of the score kernel, how many of the group go side by side"""
 
     rows: int
     keys: int
@@ -34,40 +34,39 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
     widest = max(width, width_v)
     heads = min(1 << max(group - 1, 0).bit_length(), 32)
     block = max(select, 16)  # the least a product takes
-    if itemsize == 4:
-        tokens = min(32, max(1, 64 // heads))
-        narrow = Tile(64, 32, 4, 1)
+    if itemsize == 4:  # products run on the ordinary cores, unrolled: small tiles keep them short and in registers
+        small = Tile(32, 16, 8, 1)
         return Tiles(
-            band=narrow,
-            band_q=narrow,
-            compressed_kv=Tile(32, 32, 4, 1),
-            window_kv=Tile(32, 32, 4, 1),
-            score=Tile(tokens, 32, 4, 1, heads=heads),
-            selected=Tile(64, block, 4, 1),
-            selected_q=Tile(64, block, 4, 1),
-            selected_kv=Tile(32, block, 4, 1),
+            band=small,
+            band_q=small,
+            compressed_kv=small,
+            window_kv=small,
+            score=Tile(min(32, max(1, 32 // heads)), 32, 8, 1, heads=heads),
+            selected=Tile(32, block, 8, 1),
+            selected_q=Tile(32, block, 8, 1),
+            selected_kv=Tile(16, block, 8, 1),
         )
     tokens = min(16, max(1, 128 // heads))
     score = Tile(tokens, 64, 4, 3 if widest <= 128 else 2, heads=heads)
-    wide_block = 8 if select > 64 else 4
-    if widest <= 128:
+    large = select > 64
+    if width + width_v <= 320:
         return Tiles(
-            band=Tile(128, 64, 8, 3),
-            band_q=Tile(128, 64, 8, 2),
-            compressed_kv=Tile(64, 128, 8, 2),
-            window_kv=Tile(64, 128, 8, 2),
+            band=Tile(128, 64, 4 if widest <= 128 else 8, 2),
+            band_q=Tile(128, 64, 8, 3 if widest <= 128 else 2),
+            compressed_kv=Tile(32, 64, 4, 3) if widest <= 128 else Tile(64, 128, 8, 1),
+            window_kv=Tile(32, 64, 4, 3) if widest <= 128 else Tile(64, 128, 8, 1),
             score=score,
-            selected=Tile(64, block, wide_block, 3 if select <= 64 else 2),
-            selected_q=Tile(64, block, wide_block, 2),
-            selected_kv=Tile(64, block, wide_block, 2),
+            selected=Tile(64, block, 8 if large else 4, 2 if large else 3),
+            selected_q=Tile(64, block, 8 if large else 4, 2 if widest <= 128 else 1),
+            selected_kv=Tile(32, block, 8 if large else 4, 2 if widest <= 128 else 1),
         )
     return Tiles(
-        band=Tile(128, 64, 8, 2),
-        band_q=Tile(128, 64, 8, 2),
+        band=Tile(64, 64, 4, 2),
+        band_q=Tile(64, 64, 4, 1),
         compressed_kv=Tile(64, 64, 8, 1),
         window_kv=Tile(64, 64, 8, 1),
         score=score,
-        selected=Tile(64, block, 8, 2),
-        selected_q=Tile(64, block, 8, 2),
-        selected_kv=Tile(64, block, 8, 1),
+        selected=Tile(64, block, 8 if large else 4, 1),
+        selected_q=Tile(64, block, 8 if large else 4, 1),
+        selected_kv=Tile(32 if large else 64, block, 8, 1),
     )
