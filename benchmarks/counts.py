@@ -17,21 +17,21 @@ from nsa_transformer.config import NSAConfig
 
 L2_BYTES_PER_SECOND = 7e12  # what an H100's L2 cache was seen to deliver
 
-# Part of the pipeline: prefixes of the names of its kernels. Order matters only for the page.
+# Part of the pipeline: names of its kernels, or what they begin with before a further underscore.
 PARTS: dict[str, tuple[str, ...]] = {
     "plan": ("nsa_plan", "nsa_clean"),
     "compressed forward": ("nsa_compressed_forward",),
-    "score + top-n": ("nsa_score",),
+    "score + top-n": ("nsa_score", "nsa_select"),
     "window forward": ("nsa_window_forward",),
     "lists": ("nsa_lists",),
     "selected forward": ("nsa_selected_forward",),
     "delta": ("nsa_delta",),
     "compressed dq": ("nsa_compressed_dq",),
-    "compressed dk, dv": ("nsa_compressed_dkv",),
+    "compressed dk, dv": ("nsa_compressed_dkv", "nsa_compressed_dk", "nsa_compressed_dv"),
     "window dq": ("nsa_window_dq",),
-    "window dk, dv": ("nsa_window_dkv",),
+    "window dk, dv": ("nsa_window_dkv", "nsa_window_dk", "nsa_window_dv"),
     "selected dq": ("nsa_selected_dq",),
-    "selected dk, dv": ("nsa_selected_dkv",),
+    "selected dk, dv": ("nsa_selected_dkv", "nsa_selected_dk", "nsa_selected_dv"),
     "sums": ("nsa_sum", "nsa_reduce"),
 }
 OTHER = "other"
@@ -40,8 +40,8 @@ BACKWARD = ("delta", "compressed dq", "compressed dk, dv", "window dq", "window 
 
 def part_of(kernel: str) -> str:
     """The part that a kernel belongs to; `other` for what is not the package's own."""
-    for part, prefixes in PARTS.items():
-        if kernel.startswith(prefixes):
+    for part, names in PARTS.items():
+        if any(kernel == name or kernel.startswith(f"{name}_") for name in names):
             return part
     return OTHER
 
