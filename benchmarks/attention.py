@@ -106,10 +106,12 @@ def _measure(shape: Shape, bench: Bench, row: dict[str, Any]) -> None:
     sides["own"], sides["own, given"] = ours(None), {"forward": ours(own)["forward"]}
     row["ways"], row["refused"] = {}, {}
     for name, backend in bench.dense.items():
-        try:
-            sides[name], row["ways"][name] = dense_calls(backend, inputs, grad, shape.backward)
-        except RuntimeError as error:
-            row["refused"][name] = timing.describe(error)
+        for backward in (True, False) if shape.backward else (False,):
+            try:
+                sides[name], row["ways"][name] = dense_calls(backend, inputs, grad, backward)
+                break
+            except RuntimeError as error:
+                row["refused"][f"{name}, {'forward+backward' if backward else 'forward'}"] = timing.describe(error)
     for name, function in bench.peers.items():
         sides[name] = peer_calls(function, inputs, grad, config, shape.backward)
 

@@ -120,7 +120,7 @@ def _times(rows: list[Row], rivals: list[str], what: str) -> str:
         cells = [row["shape"], *(_ms(time_of(row, side, what)) for side in (*KINDS, "own", *rivals))]
         cells += [" / ".join(_number(speed_up(row, kind, side, what), "{:.2f}") for kind in KINDS) for side in dense]
         table.append(cells)
-    return _table(head, table)
+    return markdown_table(head, table)
 
 
 def _break_even(rows: list[Row]) -> str:
@@ -128,15 +128,17 @@ def _break_even(rows: list[Row]) -> str:
     for heads in dict.fromkeys(row["heads"] for row in rows):
         for what in BOTH:
             for kind in KINDS:
-                points = [(row["length"], ratio) for row in rows if row["heads"] == heads and (ratio := speed_up(row, kind, dense_side(row), what)) is not None]
+                points = [
+                    (row["length"], ratio) for row in rows if row["heads"] == heads and (ratio := speed_up(row, kind, dense_side(row, what), what)) is not None
+                ]
                 if points:
                     lines.append(f"- {heads}, {what}, {kind}: {break_even(points)}")
     return "\n".join(lines) or "Not measured."
 
 
-def dense_side(row: Row) -> str:
-    """The dense attention that a row is compared with: cuDNN's, else FlashAttention-2's."""
-    return "cuDNN" if row.get("times", {}).get("cuDNN", {}).get("forward", {}).get("ms") is not None else "FA2"
+def dense_side(row: Row, what: str) -> str:
+    """The dense attention that a row is compared with: cuDNN's, or where it has no time FlashAttention-2's."""
+    return "FA2" if time_of(row, "cuDNN", what) is None else "cuDNN"
 
 
 def _details(rows: list[Row]) -> str:
@@ -171,7 +173,7 @@ def _memory(rows: list[Row]) -> str:
     if not table:
         return "Not measured."
     return (
-        _table(["shape", "call", *(f"{side}, GiB" for side in sides), "NSA's own ms"], table)
+        markdown_table(["shape", "call", *(f"{side}, GiB" for side in sides), "NSA's own ms"], table)
         + "\n\nNSA chooses its blocks here. The upstream gradient is an input."
     )
 
@@ -188,16 +190,16 @@ def _gate(rows: list[Row]) -> str:
         "Output and all eight gradients against the float64 reference on the same blocks: RMS and largest error at most twice those of plain PyTorch "
         "(masks over all keys, products in bf16, softmax in float32). The worst of these ratios, and the share of selections that are the reference's own:"
     )
-    return f"{note}\n\n" + _table(["shape", "on", "worst error / plain", "same selection", ""], table) if table else "Not made."
+    return f"{note}\n\n" + markdown_table(["shape", "on", "worst error / plain", "same selection", ""], table) if table else "Not made."
 
 
 def dense_rates(row: Row) -> tuple[float | None, float | None]:
     """FLOP/s of dense attention in this row, forward and backward."""
-    side = dense_side(row)
-    forward, both = (time_of(row, side, what) for what in BOTH)
-    flops = row["dense_flops"]
+    flops, forward = row["dense_flops"], time_of(row, dense_side(row, "forward"), "forward")
     rate = None if forward is None else flops[0] / forward * 1e3
-    return rate, rate if forward is None or both is None or both <= forward else flops[1] / (both - forward) * 1e3
+    side = dense_side(row, "forward+backward")
+    alone, both = (time_of(row, side, what) for what in BOTH)
+    return rate, rate if alone is None or both is None or both <= alone else flops[1] / (both - alone) * 1e3
 
 
 def part_table(row: Row) -> str:
@@ -227,10 +229,11 @@ def part_table(row: Row) -> str:
     what = BOTH[row["backward"]]
     table.append([f"{what}, by CUDA events", *(_ms(time_of(row, kind, what)) for kind in parts), "", "", "", "", ""])
     both = " / ".join(parts)
-    text = _table(["part", *(f"{kind}, ms" for kind in parts), "TFLOP", f"TFLOP/s, {both}", "GB", "floor, ms", f"share, {both}"], table)
+    text = markdown_table(["part", *(f"{kind}, ms" for kind in parts), "TFLOP", f"TFLOP/s, {both}", "GB", "floor, ms", f"share, {both}"], table)
     others = counts.by_part(row["kernels"]["iid"])[1]
-    rate = " and ".join(f"{rate / 1e12:.0f}" for rate in rates if rate is not None)
-    text += f"\n\n{dense_side(row)} in this run: {rate} TFLOP/s{' forward and backward' if row['backward'] else ' forward'}." if rate else ""
+    sides = " and ".join(dict.fromkeys(dense_side(row, w) for w in BOTH[: 1 + row["backward"]]))
+    rate = " and ".join(f"{rate / 1e12:.0f}" for rate in rates[: 1 + row["backward"]] if rate is not None)
+    text += f"\n\n{sides} in this run: {rate} TFLOP/s{' forward and backward' if row['backward'] else ' forward'}." if rate else ""
     return text + (f" Other kernels: {', '.join(f'`{_short(name)}`' for name in others[:6])}{', …' if len(others) > 6 else ''}." if others else "")
 
 
@@ -241,7 +244,7 @@ def _why(row: Row) -> str:
     return f"**FAILED**, so no speed is given: {failure(row)}" if row["status"] == "FAILED" else row["status"]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
@@ -279,7 +282,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
         axes.set_title(what.replace("+", " + "), loc="left", fontsize=12, fontweight="bold")
         for style, heads in zip(("-", "--", ":", "-."), dict.fromkeys(row["heads"] for row in rows), strict=False):
             for kind in KINDS:
-                line = [(r["length"], x) for r in rows if r["heads"] == heads and (x := speed_up(r, kind, dense_side(r), what)) is not None]
+                line = [(r["length"], x) for r in rows if r["heads"] == heads and (x := speed_up(r, kind, dense_side(r, what), what)) is not None]
                 if line:
                     axes.plot(*zip(*line, strict=True), color=COLOURS[kind], linestyle=style, marker="o", markersize=5, label=f"{heads}, {kind}")
         axes.axhline(1.0, color="#6E6E6E", linewidth=1)
@@ -290,7 +293,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
-    sides = " or ".join(dict.fromkeys(dense_side(row) for row in rows))
+    sides = " or ".join(dict.fromkeys(dense_side(row, what) for row in rows for what in BOTH if time_of(row, "own", what) is not None))
     figure.axes[0].set_ylabel(f"times as fast as dense attention ({sides})")
     figure.axes[0].set_ylim(bottom=0)
     figure.axes[0].legend(frameon=False, fontsize=9)

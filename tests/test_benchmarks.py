@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend
 
 import benchmarks.attention as attention
-from benchmarks import counts, gate, page, record, shapes, timing
+from benchmarks import counts, gate, page, record, shapes, timing, train_step
 from benchmarks.selections import make_blocks, mean_union
-from nsa_transformer.config import NSAConfig
+from nsa_transformer.config import NSAConfig, build_config
 from nsa_transformer.kernels import nsa_attention
 
 SMALL = NSAConfig(8, 4, 16, 6, 1, 2, 24)
@@ -206,7 +210,7 @@ def test_a_tiny_run_from_start_to_end(tmp_path: Path, facts: dict[str, Any], cap
     row = saved["rows"][0]
     assert row["selection_ms"] == 0.25 and page.time_of(row, "iid", "forward") == 4.25 and page.time_of(row, "own", "forward") == 4.0
     assert page.speed_up(row, "drift", "cuDNN", "forward+backward") == pytest.approx(4 / 4.25)
-    assert "FA2" in row["refused"] and row["peak_bytes"] == {"NSA": 3 << 20, "cuDNN": 3 << 20}
+    assert set(row["refused"]) == {"FA2, forward+backward", "FA2, forward"} and row["peak_bytes"] == {"NSA": 3 << 20, "cuDNN": 3 << 20}
     attention.write_page(path, saved)
     text = path.with_suffix(".md").read_text()
     for expected in ("NVIDIA H999", "abc1234", "--quick", "0.94 / 0.94", "4/2/24/16@200", "slower at every measured length", "score + top-n", "at::sort"):
@@ -214,6 +218,18 @@ def test_a_tiny_run_from_start_to_end(tmp_path: Path, facts: dict[str, Any], cap
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "forward ms: iid 4.25" in capsys.readouterr().out
     assert record.new_file(tmp_path, "attention", facts).name == f"attention_h999_{facts['date']}_2.json"
+
+
+def test_without_a_profiler_the_times_stand(tmp_path: Path, facts: dict[str, Any]) -> None:
+    def no_profiler(call: timing.Call) -> dict[str, float]:
+        raise RuntimeError("CUPTI is not there")
+
+    for kernels_of in (no_profiler, lambda call: {}):
+        bench, path = small_bench(kernels_of=kernels_of), tmp_path / "x.json"
+        results = results_of(facts, bench)
+        assert attention.run([shapes.Shape(HEADS, 100)], bench, results, path) == 0, results["rows"]
+        assert (results["rows"][0]["selection_ms"], results["rows"][0]["selection_from"]) == (0.0, "difference")
+        assert "taken as a difference of two calls" in path.with_suffix(".md").read_text()
 
 
 def test_what_fails_the_gate_has_no_speed(tmp_path: Path, facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,4 +275,80 @@ def test_without_a_gpu_or_with_a_wrong_shape_one_line(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, word in (([], "CUDA"), (["--shapes", "64/4@8k"], "64/4@8k"), (["--page", "nowhere.json"], "nowhere.json")):
         assert attention.main(arguments) == 2
+        assert word in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- training steps
+
+
+def metrics_rows(count: int, speed: float = 100.0) -> list[dict[str, Any]]:
+    return [{"step": i + 1, "tokens_per_second": speed + i, "mfu": None, "max_memory_gib": 2.0 + i, "data_wait_fraction": 0.0} for i in range(count)]
+
+
+def test_the_trainer_takes_the_command(tmp_path: Path) -> None:
+    words = train_step.command(65536, "nsa", "selective", tmp_path, tmp_path / "run", ["training.precision=bf16"])
+    assert words[1] == "training/trainer.py"
+    with initialize_config_dir(str(record.ROOT / "configs"), version_base=None):
+        composed: Any = OmegaConf.to_container(compose("config", words[2:]), resolve=True)
+    config = build_config(composed)
+    assert (config.data.max_length, config.memory.activation_checkpointing, config.training.checkpoint_every) == (65536, "selective", 0)
+
+
+def test_the_corpus_is_of_long_documents(tmp_path: Path) -> None:
+    train_step.write_corpus(tmp_path, size=50_000, most=4)
+    files = [file.relative_to(tmp_path).as_posix() for file in sorted(tmp_path.rglob("*.txt"))]
+    assert files == ["train/00.txt", "train/01.txt", "train/02.txt", "validation/03.txt"]
+    assert all(len(file.read_text()) >= 50_000 for file in tmp_path.rglob("*.txt"))
+
+
+TRAINER = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+with open(folder / "metrics.jsonl", "w") as file:
+    for step in range(int(sys.argv[2])):
+        row = {"step": step + 1, "tokens_per_second": 10.0, "mfu": None, "max_memory_gib": 1.0, "data_wait_fraction": 0.0}
+        print(json.dumps(row), file=file, flush=True)
+if sys.argv[3]:
+    print("starting\\n" + sys.argv[3], file=sys.stderr)
+    sys.exit(1)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "says", "problem"),
+    [("9", "", ""), ("2", "error: out of memory while making a training step", "out of memory while making a training step"), ("0", "", "no step within 1")],
+)
+def test_a_run_ends_with_its_steps_or_its_error(tmp_path: Path, steps: str, says: str, problem: str) -> None:
+    began = time.monotonic()
+    arguments = [sys.executable, "-c", TRAINER, str(tmp_path / "run"), steps, says]
+    rows, said = train_step.run_steps(arguments, tmp_path / "run", 5, patience=1.0 if steps == "0" else 20.0)
+    assert len(rows) == min(int(steps), 5) and said.startswith(problem) and bool(said) == bool(problem)
+    assert time.monotonic() - began < 20
+
+
+def test_checkpointing_is_turned_up_until_it_fits(tmp_path: Path, facts: dict[str, Any]) -> None:
+    tried = []
+
+    def runner(mode: str, run_dir: Path) -> tuple[list[dict[str, Any]], str]:
+        tried.append(mode)
+        return ([], "out of memory while x | y") if mode == "none" else (metrics_rows(8), "")
+
+    sparse = train_step.measure(65536, "nsa", train_step.MODES, 8, runner)
+    assert tried == ["none", "selective"] and [row["checkpointing"] for row in sparse] == tried
+    assert sparse[1]["tokens_per_second"] == 105.0 and sparse[1]["peak_gib"] == 9.0 and sparse[1]["steps"] == 5
+    dense = train_step.measure(65536, "dense", ["full"], 8, lambda mode, run_dir: (metrics_rows(8, 48.0), ""))
+    broken = train_step.measure(8192, "dense", train_step.MODES, 8, lambda mode, run_dir: ([], "no such thing"))
+    assert len(broken) == 1
+    results = {"facts": facts, "steps": 8, "corpus": "text", "settings": "model=large", "rows": [*sparse, *dense, *broken]}
+    text = train_step.render(results)
+    assert "| 64k | nsa | none | – | – | – | – | out of memory while x / y |" in text
+    assert "| 64k | nsa | selective | 0.10 k | 1.98 | – | 9.0 |" in text and "| 8k | dense | none |" in text
+
+
+def test_training_steps_need_a_gpu_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, word in (([], "CUDA"), (["--lengths", "much"], "much"), (["--steps", "3"], "--steps 3")):
+        assert train_step.main(arguments) == 2
         assert word in (said := capsys.readouterr().err) and said.count("\n") == 1
