@@ -47,10 +47,10 @@ class _Pack:
     def make(q: Tensor, keys_values: tuple[Tensor, ...], gates: Tensor, cu_q: Tensor, cu_k: Tensor, q_start: Tensor, config: NSAConfig, scale: float) -> _Pack:
         k_cmp, v_cmp, *others = keys_values
         group = q.shape[1] // v_cmp.shape[1]
-        tiles = choose_tiles(q.shape[2], v_cmp.shape[2], q.element_size(), group, config.select_block)
+        tiles = choose_tiles(q.shape[2], v_cmp.shape[2], q.element_size(), group, config.select_block, _capability(q.device))
         plan = make_plan(
             cu_q, cu_k, group, config.compress_block, config.compress_stride, config.select_block,
-            tiles.band.rows, tiles.selected.rows, tiles.score.rows, tiles.compressed_kv.keys, tiles.window_kv.keys,
+            tiles.band.rows, tiles.band_q.rows, tiles.selected.rows, tiles.score.rows, tiles.compressed_kv.keys, tiles.window_kv.keys,
         )  # fmt: skip
         compressed = (_clean(k_cmp, plan), _clean(v_cmp, plan))
         k_slc, v_slc, k_win, v_win = (by_rows(x) for x in others)
@@ -199,6 +199,11 @@ def attend_selected(pack: _Pack, blocks: Tensor, outs: Tensor, out: Tensor, lse:
     )  # fmt: skip
 
 
+def _capability(device: torch.device) -> int:
+    """Major compute capability; the interpreter passes for Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
 def _programs(device: torch.device) -> int:
     """Multiprocessors; the interpreter has one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -236,12 +241,12 @@ def backward(
 
 
 def band_grad_q(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor) -> None:
-    tile, rows = pack.tiles.band_q, pack.tiles.band.rows
+    tile = pack.tiles.band_q
     pair, starts = (pack.window, pack.cu_k) if name == "window" else (pack.compressed, pack.plan.compressed)
-    banded_grad_q[(pack.row_tiles(rows), pack.hkv)](
+    banded_grad_q[(pack.row_tiles(tile.rows), pack.hkv)](
         *pack.query(), *_keys_values(pair, tile.keys), grad_out, lse, delta, pack.gates, grad_q, pack.cu_q, starts, pack.q_start,
-        pack.plan.rows_band, pack.num_docs, pack.log_scale, pack.scale,
-        **pack.heads(), **pack.band(name), M=rows, N=tile.keys, **pack.widths(), **_launch(tile),
+        pack.plan.rows_band_q, pack.num_docs, pack.log_scale, pack.scale,
+        **pack.heads(), **pack.band(name), M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ class Tile:
 @dataclass(frozen=True)
 class Tiles:
     band: Tile
-    band_q: Tile  # same rows as `band`
+    band_q: Tile
     compressed_kv: Tile
     window_kv: Tile
     score: Tile
@@ -30,7 +30,8 @@ class Tiles:
     selected_kv: Tile
 
 
-def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: int) -> Tiles:
+def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: int, major: int) -> Tiles:
+    """For a device of compute capability `major`; tuned on 9, made to fit on 8."""
     widest = max(width, width_v)
     heads = min(1 << max(group - 1, 0).bit_length(), 32)
     block = max(select, 16)  # the least a product takes
@@ -46,19 +47,29 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
             selected_q=Tile(32, block, 8, 1),
             selected_kv=Tile(16, block, 8, 1),
         )
-    tokens = min(16, max(1, 128 // heads))
-    score = Tile(tokens, 64, 4, 3 if widest <= 128 else 2, heads=heads)
     large = select > 64
+    if widest <= 128:
+        return Tiles(
+            band=Tile(128, 64, 4, 2) if major >= 9 else Tile(64, 64, 4, 2),
+            band_q=Tile(128, 64, 8, 3),
+            compressed_kv=Tile(32, 64, 4, 3),
+            window_kv=Tile(32, 64, 4, 3),
+            score=Tile(min(16, max(1, 128 // heads)), 64, 4, 3, heads=heads),
+            selected=Tile(64, block, 8 if large else 4, 2 if large else 3),
+            selected_q=Tile(64, block, 8 if large else 4, 2),
+            selected_kv=Tile(32, block, 8 if large else 4, 2),
+        )
+    score = Tile(min(16, max(1, 64 // heads)), 64, 4, 3 if width <= 192 else 2, heads=heads)
     if width + width_v <= 320:
         return Tiles(
-            band=Tile(128, 64, 4 if widest <= 128 else 8, 2),
-            band_q=Tile(128, 64, 8, 3 if widest <= 128 else 2),
-            compressed_kv=Tile(32, 64, 4, 3) if widest <= 128 else Tile(64, 128, 8, 1),
-            window_kv=Tile(32, 64, 4, 3) if widest <= 128 else Tile(64, 128, 8, 1),
+            band=Tile(64, 64, 4, 2),
+            band_q=Tile(128, 64, 8, 2),
+            compressed_kv=Tile(32, 64, 4, 2),
+            window_kv=Tile(32, 64, 4, 2),
             score=score,
-            selected=Tile(64, block, 8 if large else 4, 2 if large else 3),
-            selected_q=Tile(64, block, 8 if large else 4, 2 if widest <= 128 else 1),
-            selected_kv=Tile(32, block, 8 if large else 4, 2 if widest <= 128 else 1),
+            selected=Tile(64, block, 8 if large else 4, 2),
+            selected_q=Tile(64, block, 8 if large else 4, 1),
+            selected_kv=Tile(32, block, 8 if large else 4, 2),
         )
     return Tiles(
         band=Tile(64, 64, 4, 2),
