@@ -12,7 +12,7 @@ VENV_READY := $(VENV)/ready-venv-$(shell pwd | cksum | tr ' ' '-')
 TRAIN_READY := $(VENV)/ready-train-$(HASH)
 DEV_READY := $(VENV)/ready-dev-$(HASH)
 
-.PHONY: help setup train test test-full lint format docs bench faults clean
+.PHONY: help setup train test test-full lint format docs bench gpu faults clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-full  the same with the slow tests"
 	@echo "make lint       ruff and mypy         make format  let ruff rewrite"
 	@echo "make docs       regenerate docs/configuration.md"
+	@echo "make bench      on a machine with a CUDA GPU: measure the attention beside dense attention; ARGS='--quick'"
 	@echo "make setup      only set up $(VENV)     make clean   remove $(VENV) and caches"
 
 # Tried by running, since a shim can exist for a Python that does not.
@@ -73,10 +74,14 @@ format: $(DEV_READY)
 docs: $(DEV_READY)
 	$(BIN)/python docs/generate_configuration.py
 
-# $(error) says its one line and ends make with status 2.
-bench:
-	$(error make bench: there are no benchmarks yet)
+# Before setting up anything: there is nothing to measure on another machine.
+gpu:
+	@nvidia-smi -L >/dev/null 2>&1 || ls /dev/nvidia0 >/dev/null 2>&1 || { echo "make bench: needs a CUDA GPU, and there is none here" >&2; exit 2; }
 
+bench: gpu $(TRAIN_READY)
+	$(BIN)/python benchmarks/attention.py $(ARGS)
+
+# $(error) says its one line and ends make with status 2.
 faults:
 	$(error make faults: there is no table of faults yet)
 
