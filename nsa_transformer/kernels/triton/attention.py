@@ -179,10 +179,12 @@ def choose_blocks(pack: _Pack, lse: Tensor) -> Tensor:
         )  # fmt: skip
         # No query of the strip stands later than its index in the pack, or than that many keys before the end.
         reach = min(keys, (first + count) * tile.rows + keys - queries)
-        chunk = max(16, min(SELECT_CHUNK, triton.next_power_of_2(triton.cdiv(reach, config.select_block))))
+        reach = triton.cdiv(reach, config.select_block)
+        chunk = max(16, min(SELECT_CHUNK, triton.next_power_of_2(reach)))
+        slots = max(2, triton.next_power_of_2(config.num_selected))
         select_blocks[(count * tile.rows, hkv)](
             own, carried, blocks, pack.cu_q, pack.q_start, pack.plan.score, pack.num_docs, first, width, **shared,
-            INITIAL=config.num_initial, LOCAL=config.num_local, SLOTS=max(2, triton.next_power_of_2(config.num_selected)), CHUNK=chunk, num_warps=1,
+            INITIAL=config.num_initial, LOCAL=config.num_local, SLOTS=slots, CHUNK=chunk, GROUPS=max(32, 2 * slots), MERGE=reach > chunk, num_warps=1,
         )  # fmt: skip
     return blocks
 

@@ -20,6 +20,29 @@ def _take_best(value):
 
 
 @triton.jit
+def _best_of(value, index, best_value, best_index, FREE: tl.constexpr, SLOTS: tl.constexpr, MERGE: tl.constexpr):
+    """The FREE largest of `value` [C], with MERGE those of the list [SLOTS] among them, and their indices; equals in the list's, then in C's order."""
+    slot = tl.arange(0, SLOTS)
+    place_of = tl.arange(0, value.shape[0])
+    old_value = best_value
+    old_index = best_index
+    for turn in range(FREE):
+        best, place, rest = _take_best(value)
+        found = tl.sum(tl.where(place_of == place, index, 0))
+        if MERGE:
+            before, where_before, old_rest = _take_best(old_value)
+            keep = before >= best
+            old_value = tl.where(keep, old_rest, old_value)
+            rest = tl.where(keep, value, rest)
+            found = tl.where(keep, tl.sum(tl.where(slot == where_before, old_index, 0)), found)
+            best = tl.maximum(before, best)
+        value = rest
+        best_value = tl.where(slot == turn, best, best_value)
+        best_index = tl.where(slot == turn, found, best_index)
+    return best_value, best_index
+
+
+@triton.jit
 def _score_tile(
     keys0,
     keys1,
@@ -162,8 +185,11 @@ def select_blocks(
     LOCAL: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
-    """blocks int32 [T, HKV, NUM], ascending, -1 padded: one token and key/value head from `score`'s table, CHUNK blocks at a time."""
+    """blocks int32 [T, HKV, NUM], ascending, -1 padded: one token and key/value head from `score`'s table, CHUNK blocks at a time (MERGE: there
+    are several chunks)."""
     FREE: tl.constexpr = NUM - INITIAL - LOCAL
     local_tile = tl.program_id(0) // P
     tile = first_tile + local_tile
@@ -194,18 +220,28 @@ def select_blocks(
                 value = tl.load(own + row + column, mask=column < covered, other=0.0)
                 value += tl.load(carried + row + column, mask=(column > 0) & (column <= covered), other=0.0)
                 value = tl.where((column >= INITIAL) & (column <= t_block - LOCAL), value, -1.0)
-                old_value = best_value
-                old_block = chosen
-                for turn in range(FREE):  # merge: equals of earlier chunks come first
-                    before, where_before, old_rest = _take_best(old_value)
-                    now, where_now, rest = _take_best(value)
-                    keep = before >= now
-                    old_value = tl.where(keep, old_rest, old_value)
-                    value = tl.where(keep, value, rest)
-                    block = tl.where(keep, tl.sum(tl.where(slot == where_before, old_block, 0)), begin + where_now)
-                    here = slot == turn
-                    best_value = tl.where(here, tl.maximum(before, now), best_value)
-                    chosen = tl.where(here, block, chosen)
+                if CHUNK >= 4 * GROUPS:
+                    # FREE groups have a maximum of at least `enough`, so nothing below it is among the best: few are left, and cheap to go through.
+                    largest = tl.sort(tl.max(tl.reshape(value, [CHUNK // GROUPS, GROUPS]), axis=0), descending=True)
+                    enough = tl.sum(tl.where(tl.arange(0, GROUPS) == FREE - 1, largest, 0.0))
+                    passes = value >= enough
+                    place = tl.cumsum(passes.to(tl.int32)) - 1
+                    count = tl.sum(passes.to(tl.int32))
+                    if count <= 2 * GROUPS:
+                        # Compacted in the token's own row, whose first chunk was read before anything is written there.
+                        tl.debug_barrier()
+                        tl.store(own + row + place, value, mask=passes)
+                        tl.store(carried + row + place, column.to(tl.float32, bitcast=True), mask=passes)
+                        tl.debug_barrier()
+                        few = tl.arange(0, 2 * GROUPS)
+                        value_few = tl.load(own + row + few, mask=few < count, other=-1.0)
+                        index_few = tl.load(carried + row + few, mask=few < count, other=0.0).to(tl.int32, bitcast=True)
+                        tl.debug_barrier()
+                        best_value, chosen = _best_of(value_few, index_few, best_value, chosen, FREE, SLOTS, MERGE)
+                    else:
+                        best_value, chosen = _best_of(value, column, best_value, chosen, FREE, SLOTS, MERGE)
+                else:
+                    best_value, chosen = _best_of(value, column, best_value, chosen, FREE, SLOTS, MERGE)
         # More than NUM blocks are visible here, so every free place was filled and no forced block is another.
         initial = slot - FREE
         chosen = tl.where((initial >= 0) & (initial < INITIAL), initial, chosen)
