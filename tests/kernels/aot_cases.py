@@ -1,0 +1,40 @@
+"""The launches that `tests/kernels/aot.py` compiles: one forward and backward of the attention per kind of model that has tiles of its own."""
+
+from __future__ import annotations
+
+from functools import partial
+from unittest import mock
+
+import torch
+
+from nsa_transformer.config import NSAConfig
+from tests.kernels.aot import Case
+
+
+def attention(width: int, width_v: int, group: int, dtype: torch.dtype, config: NSAConfig | None = None, tokens: int = 4096, programs: int = 132) -> None:
+    """Forward with and without given blocks, and backward, of a pack of two documents. Nothing runs, so every result is whatever the memory held."""
+    from nsa_transformer.kernels.triton import attention as pipeline
+
+    config, hkv, docs = config or NSAConfig(), 2, 2
+    q = torch.empty(tokens, hkv * group, width, dtype=dtype)
+    keys = tokens // config.compress_stride
+    keys_values = tuple(torch.empty(rows, hkv, size, dtype=dtype) for rows in (keys, tokens, tokens) for size in (width, width_v))
+    gates = torch.empty(tokens, hkv * group, 3, dtype=dtype)
+    cu = torch.zeros(docs + 1, dtype=torch.int32)
+    starts = torch.zeros(docs, dtype=torch.int32)
+    # The number of multiprocessors is among the constants of two kernels; for tensors on the CPU the pipeline takes it as 1.
+    with mock.patch.object(pipeline, "_programs", lambda device: programs):
+        out, blocks, outs, lse = pipeline.forward(q, keys_values, gates, cu, cu, starts, None, config, width**-0.5, True)
+        pipeline.backward(torch.empty_like(out), q, keys_values, gates, cu, cu, starts, blocks, outs, lse, config, width**-0.5)
+
+
+def cases() -> list[Case]:
+    half, full = torch.bfloat16, torch.float32
+    return [
+        Case("bf16 128 G16", partial(attention, 128, 128, 16, half)),
+        Case("bf16 64 G4", partial(attention, 64, 64, 4, half), slow=True),
+        Case("bf16 192/128 G16", partial(attention, 192, 128, 16, half), slow=True),
+        Case("bf16 256 G8", partial(attention, 256, 256, 8, half), slow=True),
+        Case("bf16 128 G4, blocks of 128", partial(attention, 128, 128, 4, half, NSAConfig(select_block=128)), slow=True),
+        Case("f32 128 G16", partial(attention, 128, 128, 16, full), slow=True),
+    ]
