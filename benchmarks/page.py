@@ -71,7 +71,7 @@ def failure(row: Row) -> str:
 
 
 def render(results: dict[str, Any], picture: str | None) -> str:
-    facts, config, rows = results["facts"], results["config"], results["rows"]
+    facts, config, rows = results["facts"], results["config"], _in_order(results["rows"])
     good = [row for row in rows if row["status"] == "ok" and row["length"] < LONG]
     rivals = list(dict.fromkeys(side for row in good for side in row["times"] if side not in (*KINDS, "own", "own, given")))
     text = [
@@ -108,6 +108,12 @@ Kernel times of torch's profiler, per call; score + top-n from a call that choos
 and dP count once, with dq; what dk, dv computes again is not counted), GB compulsory ones. Floor: the FLOPs at the rate that dense attention reached
 beside it in this run, forward or backward, or the bytes at 7 TB/s (L2), whichever is longer; share: floor over time. At that rate the selected
 branch's keys are counted once, though every query reads its own blocks."""
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """By heads as they first appear, then by length, whatever order they were measured in."""
+    heads = list(dict.fromkeys(row["heads"] for row in rows))
+    return sorted(rows, key=lambda row: (heads.index(row["heads"]), row["length"]))
 
 
 def _times(rows: list[Row], rivals: list[str], what: str) -> str:
@@ -266,7 +272,7 @@ def _short(name: str) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> bool:
     """Speed-up over dense attention by length, one panel for forward and one for forward+backward; False without matplotlib or data."""
-    rows = [row for row in results["rows"] if row["status"] == "ok" and row["length"] < LONG]
+    rows = [row for row in _in_order(results["rows"]) if row["status"] == "ok" and row["length"] < LONG]
     try:
         from matplotlib.figure import Figure
     except ImportError:

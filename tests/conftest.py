@@ -1,9 +1,15 @@
-"""What every test shares: who skips without a GPU, and how many threads a worker takes."""
+"""What every test shares: who skips without a GPU, how Triton kernels run there, and how many threads a worker takes."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Triton decides when it is imported whether kernels are interpreted: without a GPU they are, so that CPU tensors go through them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
