@@ -1,4 +1,4 @@
-"""The attention's backends as operators of torch: torch.compile and selective activation checkpointing see one node each, not its loops.
+"""The attention's backends as operators of torch: torch.compile and selective activation checkpointing see one node each, not the loops inside.
 
 Nothing here loads Triton before its backend is called.
 """
