@@ -44,7 +44,7 @@ def triton_missing() -> str | None:
     if _INTERPRET:
         return None
     if not torch.cuda.is_available() or torch.version.hip is not None:
-        return "there is no NVIDIA GPU"
+        return "torch sees no NVIDIA GPU"
     if not any(_capable(index) for index in range(torch.cuda.device_count())):
         return f"no GPU here has compute capability {_version(CAPABILITY)} or higher"
     return None
@@ -84,12 +84,17 @@ def kernels_refuse(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     return None
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return _TRITON and _INTERPRET
+
+
 def describe_auto() -> str:
     """What `backend="auto"` picks on this machine, and why, in words."""
     missing = triton_missing()
     if missing is not None:
         return f"reference: {missing}"
-    if _INTERPRET:
+    if interpreted():
         return "reference; under TRITON_INTERPRET ask for backend='triton' by name"
     dtypes = ", ".join({torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype] for dtype in DTYPES)
     return f"triton on GPU tensors of {dtypes} with head widths {', '.join(map(str, WIDTHS))} and blocks of powers of two; else reference"

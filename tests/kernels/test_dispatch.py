@@ -84,7 +84,7 @@ def test_a_machine_says_what_auto_picks_and_why(gpu: None, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert dispatch.describe_auto() == "reference: no GPU here has compute capability 8.0 or higher"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert dispatch.describe_auto() == "reference: there is no NVIDIA GPU"
+    assert dispatch.describe_auto() == "reference: torch sees no NVIDIA GPU"
     monkeypatch.setattr(dispatch, "_TRITON", False)
     assert dispatch.describe_auto() == "reference: triton is not installed"
     with pytest.raises(ValueError, match="backend='triton' is not available here: triton is not installed; write one of auto, reference"):
