@@ -122,6 +122,19 @@ def test_the_allowed_direction_is_not(module: str, source: str, is_package: bool
     assert violations(source, module, is_package) == []
 
 
+def test_triton_lives_in_its_folder_and_comes_with_a_call() -> None:
+    """Outside of kernels/triton nothing names Triton, and that folder is imported inside functions."""
+    kernels = f"{PACKAGE}.kernels.triton"
+    for path in SOURCES:
+        module, source = module_name(path), path.read_text(encoding="utf-8")
+        if module.startswith(kernels):
+            continue
+        names = [name for _, name in imported(source, module, path.name == "__init__.py")]
+        assert [name for name in names if name.split(".")[0] == "triton"] == [], module
+        top = ast.unparse(ast.Module([node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)], []))
+        assert [name for _, name in imported(top, module, path.name == "__init__.py") if name.startswith(kernels)] == [], module
+
+
 def test_hydra_lives_in_the_entry_and_the_command_line_alone() -> None:
     found = [
         f"{module_name(path)}:{line} imports {name}"
@@ -135,8 +148,9 @@ def test_hydra_lives_in_the_entry_and_the_command_line_alone() -> None:
 
 @pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.kernels"])
 def test_the_kernels_bring_torch_alone(module: str) -> None:
-    """In a fresh interpreter: this one has imported half of the list already."""
-    unwanted = ["hydra", "omegaconf", "transformers", "datasets", "tokenizers", "safetensors", "pyarrow", "wandb", "matplotlib", "rich", "tensorboard"]
+    """In a fresh interpreter: this one has imported half of the list already. Triton and torch's compiler come with the first call that needs them."""
+    late = ["triton", "torch._dynamo"]
+    unwanted = [*late, "hydra", "omegaconf", "transformers", "datasets", "tokenizers", "safetensors", "pyarrow", "wandb", "matplotlib", "rich", "tensorboard"]
     script = f"import sys, {module}; print(*[name for name in {unwanted!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -20,14 +20,15 @@ MODULES = sorted(path for path in (ROOT / "nsa_transformer").rglob("*.py") if pa
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def pins(name: str) -> dict[str, str]:
-    """`package -> version` of a requirements file; every line but options and comments is an exact pin."""
+def pins(name: str) -> dict[str, Requirement]:
+    """Requirements of a file by package; every line but options and comments is an exact pin."""
     lines = [line.strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
     found = {}
     for line in lines:
         if line and not line.startswith(("#", "-")):
-            package, version = line.split("==")
-            found[package] = version
+            pin = Requirement(line)
+            assert [specifier.operator for specifier in pin.specifier] == ["=="], line
+            found[pin.name] = pin
     return found
 
 
@@ -35,7 +36,17 @@ def test_the_pins_lie_in_the_ranges() -> None:
     exact = pins("requirements.txt") | pins("requirements-dev.txt")
     ranges = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"], *PROJECT["optional-dependencies"]["dev"]]
     for requirement in map(Requirement, ranges):
-        assert requirement.specifier.contains(exact[requirement.name]), f"{requirement} against {exact[requirement.name]}"
+        pin = exact[requirement.name]
+        (specifier,) = pin.specifier
+        assert requirement.specifier.contains(specifier.version), f"{requirement} against {pin}"
+        assert requirement.marker == pin.marker, f"{requirement} against {pin}"
+
+
+def test_triton_is_asked_for_on_linux_alone() -> None:
+    """There are no wheels for others; a Mac installs the rest and takes the reference backend."""
+    (triton,) = [requirement for requirement in map(Requirement, PROJECT["dependencies"]) if requirement.name == "triton"]
+    assert triton.marker is not None
+    assert [triton.marker.evaluate({"sys_platform": platform}) for platform in ("linux", "darwin", "win32")] == [True, False, False]
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
@@ -65,7 +76,9 @@ def test_every_import_is_declared(path: Path) -> None:
     extras = {Requirement(line).name for extra in PROJECT["optional-dependencies"].values() for line in extra}
     early, late = ({called.get(name, name) for name in names} for names in imports(path))
     assert early - required == set()
-    assert late - required - extras - {"triton"} == set()  # torch brings triton where it has one
+    assert late - required - extras == set()
+    if path.parent.name != "triton":  # the kernels themselves, which are imported where they are called
+        assert "triton" not in early, "triton is not everywhere: import it where it is used"
 
 
 def test_requirements_end_in_the_package_itself() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +13,21 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 
 NAMES = ("reference", "triton")
-WIDTHS = (64, 128, 192, 256)  # head widths that the Triton kernels are built for
+CAPABILITY = (8, 0)  # compute capability that the Triton kernels are built for, and every later one
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # and the dtypes,
+WIDTHS = (64, 128, 192, 256)  # and the head widths
 _TRITON = find_spec("triton") is not None
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when Triton is imported, so it cannot change later
+# The words that Triton takes for true. It decides when it is imported, so asking once is enough.
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile takes the result while it traces, and does not look inside: what the machine has does not change.
+
+    This is `torch.compiler.assume_constant_result`, which sets the same mark but imports the whole compiler, and Triton, at once.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def available_backends() -> list[str]:
@@ -22,6 +36,7 @@ def available_backends() -> list[str]:
     return [name for name in NAMES if name == "reference" or triton_missing() is None]
 
 
+@_constant
 def triton_missing() -> str | None:
     """Why the Triton kernels cannot run on this machine, as a phrase; None if they can."""
     if not _TRITON:
@@ -29,46 +44,73 @@ def triton_missing() -> str | None:
     if _INTERPRET:
         return None
     if not torch.cuda.is_available() or torch.version.hip is not None:
-        return "there is no NVIDIA GPU"
+        return "torch sees no NVIDIA GPU"
     if not any(_capable(index) for index in range(torch.cuda.device_count())):
-        return "the GPU is older than compute capability 8.0"
+        return f"no GPU here has compute capability {_version(CAPABILITY)} or higher"
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _capable(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= CAPABILITY
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def kernels_refuse(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     """Why the Triton kernels do not take these inputs, as a phrase; None if they do."""
     if not _TRITON:
         return "triton is not installed"
-    if q.device.type != ("cpu" if _INTERPRET else "cuda"):
-        return f"q is on {q.device}" + ("" if _INTERPRET else ", not on an NVIDIA GPU")
+    if _INTERPRET and q.device.type != "cpu":
+        return f"q is on {q.device}, and Triton's interpreter (TRITON_INTERPRET) takes CPU tensors alone"
+    if not _INTERPRET and q.device.type != "cuda":
+        return f"q is on {q.device}, not on an NVIDIA GPU"
     if not _INTERPRET and not _capable(q.device.index or 0):
-        return f"{q.device} is older than compute capability 8.0"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"q has dtype {q.dtype}, not bfloat16, float16 or float32"
+        return f"q is on {q.device}, which is not an NVIDIA GPU of compute capability {_version(CAPABILITY)} or higher"
+    if q.dtype not in DTYPES:
+        return f"q has dtype {q.dtype}, not one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
     if _INTERPRET and q.dtype == torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 wrongly"
+        return "q has dtype torch.bfloat16, which Triton's interpreter (TRITON_INTERPRET) computes wrongly"
     if q.shape[2] not in WIDTHS or v.shape[2] not in WIDTHS:
         return f"the head widths {q.shape[2]} and {v.shape[2]} are not both among {', '.join(map(str, WIDTHS))}"
-    sizes = (config.compress_block, config.compress_stride, config.select_block)
-    if any(size & (size - 1) for size in sizes) or config.compress_stride < 4 or not 8 <= config.select_block <= 128:
-        block, stride, select = sizes
-        return f"the geometry {block}/{stride}/{select} is not of powers of two with a stride from 4 and selection blocks from 8 to 128"
+    block, stride, select = config.compress_block, config.compress_stride, config.select_block
+    if any(size & (size - 1) for size in (block, stride, select)) or stride < 4 or not 8 <= select <= 128:
+        return (
+            f"compress_block={block}, compress_stride={stride}, select_block={select} "
+            "are not powers of two with a compress_stride of at least 4 and a select_block of 8 to 128"
+        )
     return None
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return _TRITON and _INTERPRET
+
+
+def describe_auto() -> str:
+    """What `backend="auto"` picks on this machine, and why, in words."""
+    missing = triton_missing()
+    if missing is not None:
+        return f"reference: {missing}"
+    if interpreted():
+        return "reference; under TRITON_INTERPRET ask for backend='triton' by name"
+    dtypes = ", ".join({torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype] for dtype in DTYPES)
+    return f"triton on GPU tensors of {dtypes} with head widths {', '.join(map(str, WIDTHS))} and blocks of powers of two; else reference"
+
+
 def check_backend_name(backend: str) -> None:
-    if backend not in ("auto", *available_backends()):
+    if backend in ("auto", "reference"):
+        return
+    if backend not in NAMES or triton_missing() is not None:
         because = f": {triton_missing()}" if backend == "triton" else ""
         raise ValueError(f"backend={backend!r} is not available here{because}; write one of auto, {', '.join(available_backends())}")
 
 
 def choose_backend(backend: str, q: Tensor, v: Tensor, config: NSAConfig) -> str:
-    """`auto` is `triton` on a GPU wherever its kernels take the inputs, else `reference`; a name is itself, or a `ValueError` saying why not."""
+    """The backend for these inputs, v any of the values. `auto` is `triton` on a GPU wherever its kernels take the inputs, else `reference`; a
+    name is itself, or a `ValueError` saying why not."""
     if backend == "reference" or (backend == "auto" and q.device.type != "cuda"):
         return "reference"
     refusal = kernels_refuse(q, v, config)

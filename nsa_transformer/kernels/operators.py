@@ -1,4 +1,7 @@
-"""The attention's backends as operators of torch: torch.compile and selective activation checkpointing see one node each."""
+"""The attention's backends as operators of torch: torch.compile and selective activation checkpointing see one node each, not the loops inside.
+
+Nothing here loads Triton before its backend is called.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels import reference
 from nsa_transformer.kernels.checks import check_values
-
-# An operator of its own keeps torch.compile and selective activation checkpointing out of the loops: both see one node.
 
 
 def _checked_blocks(
@@ -54,6 +55,7 @@ def reference_op(
     geometry: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Output and blocks."""
     config = _config(geometry)
     blocks = _checked_blocks(q, k_slc, k_cmp, cu_seqlens, cu_seqlens_k, q_start, blocks, config)
     with torch.autocast(q.device.type, enabled=False):
@@ -134,7 +136,7 @@ def triton_op(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output and blocks; with `save`, for the backward, each branch's output [3, T, Hq, Dv] and log-sum-exp [3, T, Hq], else empty."""
-    from nsa_transformer.kernels.triton import attention  # here, so that importing the package does not load Triton
+    from nsa_transformer.kernels.triton import attention
 
     config = _config(geometry)
     blocks = _checked_blocks(q, k_slc, k_cmp, cu_seqlens, cu_seqlens_k, q_start, blocks, config)

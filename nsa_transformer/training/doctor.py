@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sysconfig
 from typing import Any
 
+from nsa_transformer.kernels import dispatch
 from nsa_transformer.utils.hardware import describe_machine, installed_version
 
 __all__ = ["doctor_report"]
@@ -74,20 +77,8 @@ def _machine_lines(machine: dict[str, Any]) -> Lines:
 
 
 def _backend_lines(machine: dict[str, Any]) -> Lines:
-    from nsa_transformer.kernels import available_backends
-
-    there = available_backends()
-    lines = [("ok", "reference", "plain PyTorch, any device")] if "reference" in there else []
-    if "triton" in there:
-        lines.append(("ok", "triton", f"triton {machine['triton']}"))
-    elif platform.system() != "Linux":
-        lines.append(("missing", "triton", "Triton exists for Linux alone"))
-    elif machine["triton"] is None:
-        lines.append(("missing", "triton", "pip install triton"))
-    elif not machine["gpus"]:
-        lines.append(("missing", "triton", f"triton {machine['triton']} needs a GPU (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"))
-    else:
-        lines.append(("missing", "triton", f"triton {machine['triton']} and a GPU are here, but this version has no Triton kernels"))
+    there = dispatch.available_backends()
+    lines = [("ok", "reference", "plain PyTorch, any device"), *_triton_lines(machine, dispatch.triton_missing()), ("", "auto", dispatch.describe_auto())]
     if "cuda" in there:
         lines.append(("ok", "cuda", "the CUDA C++ extension"))
     elif machine["gpus"]:
@@ -95,6 +86,38 @@ def _backend_lines(machine: dict[str, Any]) -> Lines:
     else:
         lines.append(("missing", "cuda", "the CUDA C++ extension needs an NVIDIA GPU"))
     return lines
+
+
+def _triton_lines(machine: dict[str, Any], why_not: str | None) -> Lines:
+    version = f"triton {machine['triton']}"
+    if why_not is not None:
+        if platform.system() != "Linux":
+            remedy = "Triton exists for Linux alone"
+        elif machine["triton"] is None:
+            remedy = "pip install 'triton>=3.6,<3.8'"
+        elif machine["gpus"]:
+            remedy = f"{version} is here; the kernels need an NVIDIA GPU of compute capability 8.0 (A100) or higher"
+        else:
+            remedy = f"{version} is here; TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests"
+        return [("missing", "triton", f"{why_not}: {remedy}")]
+    if dispatch.interpreted():
+        return [("ok", "triton", f"{version}, interpreted on the CPU since TRITON_INTERPRET is set: for tests, very slow")]
+    lines = [("ok", "triton", version)]
+    old = [f"gpu {index}" for index, gpu in enumerate(machine["gpus"]) if not gpu["bf16"]]
+    if old:
+        lines.append(("missing", "triton", f"not on {', '.join(old)}: compute capability below 8.0, so the reference computes there"))
+    # Where Triton itself looks.
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        lines.append(("missing", "c compiler", "Triton builds small C modules at run time: install gcc (apt install gcc), or set CC"))
+    elif not os.path.exists(os.path.join(_python_headers(), "Python.h")):
+        lines.append(("missing", "Python.h", "Triton builds small C modules at run time: install Python's headers (apt install python3-dev)"))
+    return lines
+
+
+def _python_headers() -> str:
+    """Debian's scheme for `pip install` outside of a virtual environment names a folder that headers are not in."""
+    scheme = sysconfig.get_default_scheme()
+    return sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
 
 
 def _distributed_lines(machine: dict[str, Any]) -> Lines:

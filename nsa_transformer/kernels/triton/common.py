@@ -39,7 +39,8 @@ def token_descriptors(x: Tensor, rows: int, group: int) -> tuple[TensorDescripto
     """Descriptors of boxes [rows / group, group, part] of x [T, H, D]: so many query rows of one key/value head."""
     first, second = split_width(x.shape[2])
     shape, strides = list(x.shape), list(x.stride())
-    return tuple(TensorDescriptor(x, shape, strides, [rows // group, group, part]) for part in (first, second or first))  # type: ignore[return-value]
+    box = [rows // group, group]
+    return TensorDescriptor(x, shape, strides, [*box, first]), TensorDescriptor(x, shape, strides, [*box, second or first])
 
 
 def precision(dtype: torch.dtype) -> str:
