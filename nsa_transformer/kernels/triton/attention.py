@@ -55,7 +55,8 @@ class _Pack:
         compressed = (_clean(k_cmp, plan), _clean(v_cmp, plan))
         k_slc, v_slc, k_win, v_win = (by_rows(x) for x in others)
         q = q if q.stride(2) == 1 else q.contiguous()
-        return _Pack(q, compressed, (k_slc, v_slc), (k_win, v_win), gates.contiguous(), cu_q, cu_k, q_start, config, scale, plan, tiles)
+        gates = gates.to(torch.float32).contiguous()  # 4 bytes a row can be copied ahead, 2 cannot: 25.6 instead of 19 ms in one kernel at 64k
+        return _Pack(q, compressed, (k_slc, v_slc), (k_win, v_win), gates, cu_q, cu_k, q_start, config, scale, plan, tiles)
 
     @property
     def num_docs(self) -> int:
