@@ -20,7 +20,6 @@ import pytest
 from tests.kernels import aot, aot_budget
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux alone")
-needs_kernels = pytest.mark.skipif(not (aot.ROOT / "nsa_transformer/kernels/triton/attention.py").exists(), reason="there are no Triton kernels yet")
 
 
 def compile_there(tmp_path: Path, *arguments: str) -> dict[str, Any]:
@@ -34,7 +33,6 @@ def compile_there(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 @needs_triton
-@needs_kernels
 @pytest.mark.parametrize(
     ("target", "tier"),
     [
