@@ -200,8 +200,10 @@ def compile_launch(launch: Launch, target: int, keep: Path | None = None) -> dic
     """What the kernel takes, or {"error": …}. The numbers are ptxas's own, of the very run that makes the cubin. `keep`: write PTX and TTGIR there."""
     import triton
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(launch.fn, launch.signature, launch.constants, launch.attrs)
+    kind = GluonASTSource if launch.fn.is_gluon() else ASTSource
+    source = kind(launch.fn, launch.signature, launch.constants, launch.attrs)
     said = io.StringIO()
     started = time.perf_counter()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(said):
@@ -215,8 +217,8 @@ def compile_launch(launch: Launch, target: int, keep: Path | None = None) -> dic
     ptx = compiled.asm["ptx"]
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
-        for kind in ("ptx", "ttgir"):
-            (keep / f"{launch.name}.{kind}").write_text(compiled.asm[kind])
+        for stage in ("ptx", "ttgir"):
+            (keep / f"{launch.name}.{stage}").write_text(compiled.asm[stage])
     return found | {
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,

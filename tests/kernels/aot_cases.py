@@ -22,8 +22,9 @@ def attention(width: int, width_v: int, group: int, dtype: torch.dtype, config: 
     gates = torch.empty(tokens, hkv * group, 3, dtype=dtype)
     cu = torch.zeros(docs + 1, dtype=torch.int32)
     starts = torch.zeros(docs, dtype=torch.int32)
-    # The number of multiprocessors is among the constants of two kernels; for tensors on the CPU the pipeline takes it as 1.
-    with mock.patch.object(pipeline, "_programs", lambda device: programs):
+    # For tensors on the CPU the pipeline takes the interpreter's chip: one multiprocessor, and no kernels for one capability alone.
+    chip = mock.patch.multiple(pipeline, _programs=lambda device: programs, _capability=torch.cuda.get_device_capability)
+    with chip:
         out, blocks, outs, lse = pipeline.forward(q, keys_values, gates, cu, cu, starts, None, config, width**-0.5, True)
         pipeline.backward(torch.empty_like(out), q, keys_values, gates, cu, cu, starts, blocks, outs, lse, config, width**-0.5)
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels.triton import lists
+from nsa_transformer.kernels.triton import hopper, lists
 from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
 from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width, token_descriptors
 from nsa_transformer.kernels.triton.gates import gate_gradients
@@ -50,7 +50,7 @@ class _Pack:
         tiles = choose_tiles(q.shape[2], v_cmp.shape[2], q.element_size(), group, config.select_block, _capability(q.device))
         plan = make_plan(
             cu_q, cu_k, group, config.compress_block, config.compress_stride, config.select_block,
-            tiles.band.rows, tiles.band_q.rows, tiles.selected.rows, tiles.score.rows, tiles.compressed_kv.keys, tiles.window_kv.keys,
+            tiles.band.rows, tiles.band_q.rows, tiles.selected.rows, tiles.selected_q.rows, tiles.score.rows, tiles.compressed_kv.keys, tiles.window_kv.keys,
         )  # fmt: skip
         compressed = (_clean(k_cmp, plan), _clean(v_cmp, plan))
         k_slc, v_slc, k_win, v_win = (by_rows(x) for x in others)
@@ -154,8 +154,16 @@ def band_forward(pack: _Pack, name: str, out: Tensor, lse: Tensor) -> None:
     """The compressed or the window branch."""
     tile = pack.tiles.band
     pair, starts = (pack.window, pack.cu_k) if name == "window" else (pack.compressed, pack.plan.compressed)
-    banded_forward[(pack.row_tiles(tile.rows), pack.hkv)](
-        *pack.query(), *_keys_values(pair, tile.keys), out, lse, pack.cu_q, starts, pack.q_start, pack.plan.rows_band, pack.num_docs, pack.log_scale,
+    documents = (pack.cu_q, starts, pack.q_start, pack.plan.rows_band, pack.num_docs, pack.log_scale)
+    tiles = pack.row_tiles(tile.rows)
+    if tile.gluon:
+        hopper.banded_forward[(min(tiles * pack.hkv, _programs(pack.q.device)),)](
+            *pack.query(), *(hopper.descriptor(x, tile.keys) for x in pair), out, lse, *documents,
+            **pack.heads(), HKV=pack.hkv, **pack.band(name), N=tile.keys, D=out.shape[2], **_launch(tile),
+        )  # fmt: skip
+        return
+    banded_forward[(tiles, pack.hkv)](
+        *pack.query(), *_keys_values(pair, tile.keys), out, lse, *documents,
         **pack.heads(), **pack.band(name), M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip
 
@@ -195,16 +203,20 @@ def attend_selected(pack: _Pack, blocks: Tensor, outs: Tensor, out: Tensor, lse:
     config, tile = pack.config, pack.tiles.selected
     max_tiles = pack.row_tiles(tile.rows)
     union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, tile.rows, config.select_block)
-    selected_forward[(max_tiles, pack.hkv)](
-        *pack.query(), *_keys_values(pack.selected, tile.keys), union.blocks, union.sums, union.counts, pack.gates,
-        outs[0], outs[2], outs[1], out, lse, pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected, pack.num_docs, pack.log_scale,
-        **pack.heads(), HKV=pack.hkv, L=union.length, SELECT=config.select_block, M=tile.rows, N=tile.keys, SAVE=save, **pack.widths(), **_launch(tile),
-    )  # fmt: skip
+    chosen = (union.blocks, union.sums, union.counts, pack.gates, outs[0], outs[2], outs[1], out, lse)
+    documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected, pack.num_docs, pack.log_scale)
+    shared = {**pack.heads(), "HKV": pack.hkv, "L": union.length, "SELECT": config.select_block, "N": tile.keys, "SAVE": save, **_launch(tile)}
+    if tile.gluon:
+        hopper.selected_forward[(min(max_tiles * pack.hkv, _programs(pack.q.device)),)](
+            *pack.query(), *(hopper.descriptor(x, tile.keys) for x in pack.selected), *chosen, *documents, **shared, D=out.shape[2]
+        )
+        return
+    selected_forward[(max_tiles, pack.hkv)](*pack.query(), *_keys_values(pack.selected, tile.keys), *chosen, *documents, **shared, M=tile.rows, **pack.widths())
 
 
-def _capability(device: torch.device) -> int:
-    """Major compute capability; the interpreter passes for Hopper."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; the interpreter passes for a chip newer than those with kernels of their own."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (10, 0)
 
 
 def _programs(device: torch.device) -> int:
@@ -290,13 +302,13 @@ def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: T
 
 
 def selected_dq(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor) -> None:
-    config, tile, rows = pack.config, pack.tiles.selected_q, pack.tiles.selected.rows
-    max_tiles = pack.row_tiles(rows)
-    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, rows, config.select_block)
+    config, tile = pack.config, pack.tiles.selected_q
+    max_tiles = pack.row_tiles(tile.rows)
+    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected_q, max_tiles, pack.group, tile.rows, config.select_block)
     selected_grad_q[(max_tiles, pack.hkv)](
         *pack.query(), *_keys_values(pack.selected, tile.keys), union.blocks, union.sums, union.counts, grad_out, lse, delta, pack.gates, grad_q,
-        pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected, pack.num_docs, pack.log_scale, pack.scale,
-        **pack.heads(), HKV=pack.hkv, L=union.length, SELECT=config.select_block, M=rows, N=tile.keys, **pack.widths(), **_launch(tile),
+        pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected_q, pack.num_docs, pack.log_scale, pack.scale,
+        **pack.heads(), HKV=pack.hkv, L=union.length, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip
 
 

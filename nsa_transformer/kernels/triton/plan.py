@@ -26,6 +26,7 @@ def _plan_kernel(
     ROWS_BAND: tl.constexpr,
     ROWS_BAND_Q: tl.constexpr,
     ROWS_SELECTED: tl.constexpr,
+    ROWS_SELECTED_Q: tl.constexpr,
     SCORE_TOKENS: tl.constexpr,
     KEYS_COMPRESSED: tl.constexpr,
     KEYS_WINDOW: tl.constexpr,
@@ -40,7 +41,8 @@ def _plan_kernel(
     keys_window = 0
     blocks = 0
     band_q = 0
-    tl.store(plan + tl.arange(0, 8) * stride, tl.zeros([8], tl.int32))
+    selected_q = 0
+    tl.store(plan + tl.arange(0, 16) * stride, tl.zeros([16], tl.int32), mask=tl.arange(0, 16) < 9)
     for start in range(0, num_docs, CHUNK):
         doc = start + tl.arange(0, CHUNK)
         inside = doc < num_docs
@@ -71,6 +73,9 @@ def _plan_kernel(
         count = (queries * G + ROWS_BAND_Q - 1) // ROWS_BAND_Q
         tl.store(to + 7 * stride, band_q + tl.cumsum(count), mask=inside)
         band_q += tl.sum(count)
+        count = (queries * G + ROWS_SELECTED_Q - 1) // ROWS_SELECTED_Q
+        tl.store(to + 8 * stride, selected_q + tl.cumsum(count), mask=inside)
+        selected_q += tl.sum(count)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Plan:
     keys_window: Tensor
     blocks: Tensor
     rows_band_q: Tensor
+    rows_selected_q: Tensor
 
 
 def make_plan(
@@ -97,14 +103,15 @@ def make_plan(
     band: int,
     band_q: int,
     selected: int,
+    selected_q: int,
     score: int,
     compressed: int,
     window: int,
 ) -> Plan:
-    """The sizes: query rows of a band tile, forward and dq, and of a selected tile, tokens of a score tile, keys of a compressed and a window tile."""
+    """The sizes: query rows of a band and a selected tile, forward and dq each, tokens of a score tile, keys of a compressed and a window tile."""
     num_docs = cu_q.shape[0] - 1
     width = (num_docs + 4) // 4 * 4  # rows stay 16-byte aligned, or each number of documents would compile kernels of its own
-    plan = torch.empty(8, width, dtype=torch.int32, device=cu_q.device)
+    plan = torch.empty(9, width, dtype=torch.int32, device=cu_q.device)
     chunk = min(1024, triton.next_power_of_2(max(num_docs, 1)))
-    _plan_kernel[(1,)](cu_q, cu_k, plan, width, num_docs, group, block, stride, select, band, band_q, selected, score, compressed, window, chunk)
+    _plan_kernel[(1,)](cu_q, cu_k, plan, width, num_docs, group, block, stride, select, band, band_q, selected, selected_q, score, compressed, window, chunk)
     return Plan(*plan[:, : num_docs + 1].unbind(0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Tile:
     """rows: query rows (of the score kernel: tokens); keys; warps; stages of the pipeline; registers a thread may use at most, 0: all;
-    heads: of the score kernel, how many of the group go side by side"""
+    heads: of the score kernel, how many of the group go side by side; gluon: of the kernels in `hopper`, which choose their own rows"""
 
     rows: int
     keys: int
@@ -16,6 +16,7 @@ class Tile:
     stages: int
     registers: int = 0
     heads: int = 0
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Tiles:
     window_kv: Tile
     score: Tile
     selected: Tile
-    selected_q: Tile  # same rows as `selected`
+    selected_q: Tile
     selected_kv: Tile
 
 
-def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: int, major: int) -> Tiles:
-    """For a device of compute capability `major`; tuned on 9, made to fit on 8."""
+def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: int, capability: tuple[int, int]) -> Tiles:
+    """Tuned on compute capability 9.0, which has forward kernels of its own for 16-bit heads of one width; made to fit on 8.0."""
     widest = max(width, width_v)
     heads = min(1 << max(group - 1, 0).bit_length(), 32)
     block = min(max(select, 16), 64)  # 16 is the least a product takes; larger blocks go in pieces
@@ -49,13 +50,15 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
             selected_kv=Tile(16, piece, 8, 1),
         )
     if widest <= 128:
+        gluon = Tile(192, 64, 4, 5, gluon=True) if capability == (9, 0) and width == width_v else None
+        tokens = -(-192 // group)  # lists of a tile's blocks hold at most 64
         return Tiles(
-            band=Tile(128, 64, 4, 2) if major >= 9 else Tile(64, 64, 4, 2),
+            band=gluon or (Tile(128, 64, 4, 2) if capability >= (9, 0) else Tile(64, 64, 4, 2)),
             band_q=Tile(128, 64, 8, 3),
             compressed_kv=Tile(32, 64, 4, 3),
             window_kv=Tile(32, 64, 4, 3),
             score=Tile(min(16, max(1, 128 // heads)), 64, 4, 3, heads=heads),
-            selected=Tile(64, block, 4, 3),
+            selected=gluon if gluon and tokens <= 64 and select % 64 == 0 else Tile(64, block, 4, 3),
             selected_q=Tile(64, block, 4, 2),
             selected_kv=Tile(32, block, 4, 2),
         )
