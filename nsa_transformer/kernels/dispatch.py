@@ -59,20 +59,20 @@ def _version(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def kernels_refuse(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
-    """Why the Triton kernels do not take these inputs, as a phrase; None if they do."""
+def kernels_refuse(q: Tensor, v: Tensor, config: NSAConfig, name: str = "q") -> str | None:
+    """Why the Triton kernels do not take these inputs, as a phrase; None if they do. `name`: what q is called in it."""
     if not _TRITON:
         return "triton is not installed"
     if _INTERPRET and q.device.type != "cpu":
-        return f"q is on {q.device}, and Triton's interpreter (TRITON_INTERPRET) takes CPU tensors alone"
+        return f"{name} is on {q.device}, and Triton's interpreter (TRITON_INTERPRET) takes CPU tensors alone"
     if not _INTERPRET and q.device.type != "cuda":
-        return f"q is on {q.device}, not on an NVIDIA GPU"
+        return f"{name} is on {q.device}, not on an NVIDIA GPU"
     if not _INTERPRET and not _capable(q.device.index or 0):
-        return f"q is on {q.device}, which is not an NVIDIA GPU of compute capability {_version(CAPABILITY)} or higher"
+        return f"{name} is on {q.device}, which is not an NVIDIA GPU of compute capability {_version(CAPABILITY)} or higher"
     if q.dtype not in DTYPES:
-        return f"q has dtype {q.dtype}, not one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
+        return f"{name} has dtype {q.dtype}, not one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
     if _INTERPRET and q.dtype == torch.bfloat16:
-        return "q has dtype torch.bfloat16, which Triton's interpreter (TRITON_INTERPRET) computes wrongly"
+        return f"{name} has dtype torch.bfloat16, which Triton's interpreter (TRITON_INTERPRET) computes wrongly"
     if q.shape[2] not in WIDTHS or v.shape[2] not in WIDTHS:
         return f"the head widths {q.shape[2]} and {v.shape[2]} are not both among {', '.join(map(str, WIDTHS))}"
     block, stride, select = config.compress_block, config.compress_stride, config.select_block
@@ -108,12 +108,12 @@ def check_backend_name(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is not available here{because}; write one of auto, {', '.join(available_backends())}")
 
 
-def choose_backend(backend: str, q: Tensor, v: Tensor, config: NSAConfig) -> str:
+def choose_backend(backend: str, q: Tensor, v: Tensor, config: NSAConfig, name: str = "q") -> str:
     """The backend for these inputs, v any of the values. `auto` is `triton` on a GPU wherever its kernels take the inputs, else `reference`; a
     name is itself, or a `ValueError` saying why not."""
     if backend == "reference" or (backend == "auto" and q.device.type != "cuda"):
         return "reference"
-    refusal = kernels_refuse(q, v, config)
+    refusal = kernels_refuse(q, v, config, name)
     if refusal is None:
         return "triton"
     if backend == "auto":

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_transformer.config import ModelConfig, NSAConfig
-from nsa_transformer.kernels import nsa_attention
+from nsa_transformer.kernels import CompressionWeights, compress_blocks, nsa_attention
 from nsa_transformer.models.cache import LayerCache, visible_tail
 from nsa_transformer.models.layout import PackLayout
 from nsa_transformer.models.rope import RotaryEmbedding
 
 
 class BlockCompressor(nn.Module):
-    """φ of equation 7: the l keys (or values) of a block, each with a learned position embedding, become one.
+    """Parameters of φ, equation 7: the l keys (or values) of a block become one. `kernels/compress.py` computes it, of both at once.
 
-    `mlp`: the block, flattened, through a two-layer MLP shared by the heads. `mean`: the average.
+    `mlp`: the block, each row with a learned position embedding, flattened, through a two-layer MLP shared by the heads. `mean`: the average.
     """
 
     def __init__(self, dim: int, config: NSAConfig) -> None:
@@ -30,12 +30,9 @@ class BlockCompressor(nn.Module):
             self.up = nn.Linear(config.compress_block * dim, dim, bias=False)
             self.down = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """x `[T, heads, dim]`, rows int64 `[N, l]` into it: `[N, heads, dim]`."""
-        block = x[rows].transpose(1, 2)  # [N, heads, l, dim]
-        if self.kind == "mean":
-            return block.mean(2)
-        return self.down(F.silu(self.up((block + self.position.to(x.dtype)).flatten(2))))
+    @property
+    def weights(self) -> CompressionWeights | None:
+        return CompressionWeights(self.position, self.up.weight, self.down.weight) if self.kind == "mlp" else None
 
 
 class NativeSparseAttention(nn.Module):
@@ -82,6 +79,7 @@ class NativeSparseAttention(nn.Module):
         self.v_compress = BlockCompressor(self.head_dim_v, config)
         self.gate = GateMLP(hidden_size, num_heads)
         self.attend: Callable[..., Tensor] = nsa_attention  # type: ignore[assignment]
+        self.backend = "auto"  # of the compression and the attention, as `nsa_attention` takes it
         # As a part of `Transformer` these are drawn again, from its seed.
         for parameter in (p for c in (self.k_compress, self.v_compress) for n, p in c.named_parameters() if n == "position"):
             nn.init.normal_(parameter, std=0.02)
@@ -101,29 +99,39 @@ class NativeSparseAttention(nn.Module):
         k_slc, k_win = layout.rotation(k_slc), layout.rotation(k_win)
         gates = self.gate(x)
         if cache is None:
-            k_cmp = layout.cmp_rotation(self.k_compress(k_cmp, layout.cmp_rows))
-            v_cmp = self.v_compress(v_cmp, layout.cmp_rows)
-            out = self.attend(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, self.config, cu_seqlens=layout.cu_seqlens)
+            k_cmp, v_cmp = self._compress(k_cmp, v_cmp, layout.cmp_rows, layout.cu_seqlens)
+            keys_values = (layout.cmp_rotation(k_cmp), v_cmp, k_slc, v_slc, k_win, v_win)
+            out = self.attend(q, *keys_values, gates, self.config, cu_seqlens=layout.cu_seqlens, backend=self.backend)
         else:
             named = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
             rows = {name: cache.append(name, new) for name, new in named.items()}
             rows["k_cmp"], rows["v_cmp"] = self._compress_tail(k_cmp, v_cmp, cache)
             total = rows["k_slc"].shape[0]
             ends = visible_tail(total, x.device)
-            out = self.attend(q=q, **rows, gates=gates, config=self.config, cu_seqlens=layout.cu_seqlens, cu_seqlens_k=ends)
+            out = self.attend(q=q, **rows, gates=gates, config=self.config, cu_seqlens=layout.cu_seqlens, cu_seqlens_k=ends, backend=self.backend)
         return self.o_proj(out.flatten(1))
+
+    def _compress(self, k: Tensor, v: Tensor, rows: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """k, v `[T, heads, …]`, blocks int64 `[N, l]` of their tokens: `[N, heads, …]` or more rows."""
+        k_weights, v_weights = self.k_compress.weights, self.v_compress.weights
+        weights = None if k_weights is None or v_weights is None else (k_weights, v_weights)
+        return compress_blocks(k, v, self.config, weights=weights, cu_seqlens=cu_seqlens, rows=rows, backend=self.backend)
 
     def _compress_tail(self, k_raw: Tensor, v_raw: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """Append raw keys and values, compress the blocks that became whole, and return all compressed rows. What no later
         block needs leaves the cache, so the raw rows begin where the next block does."""
         block, stride = self.config.compress_block, self.config.compress_stride
         k_raw, v_raw = cache.append("k_raw", k_raw), cache.append("v_raw", v_raw)
-        index = torch.arange(max(0, (k_raw.shape[0] - block) // stride + 1), device=k_raw.device)
+        count = max(0, (k_raw.shape[0] - block) // stride + 1)
+        if not count:  # most steps of a generation
+            return cache.append("k_cmp", k_raw[:0]), cache.append("v_cmp", v_raw[:0])
+        index = torch.arange(count, device=k_raw.device)
         rows = index[:, None] * stride + torch.arange(block, device=k_raw.device)
         positions = (index + cache.length("k_cmp")) * stride + block // 2
-        k_new, v_new = self.rope.rotation(positions)(self.k_compress(k_raw, rows)), self.v_compress(v_raw, rows)
+        k_new, v_new = (x[:count] for x in self._compress(k_raw, v_raw, rows))
+        k_new = self.rope.rotation(positions)(k_new)
         for name in ("k_raw", "v_raw"):
-            cache.drop(name, len(index) * stride)
+            cache.drop(name, count * stride)
         return cache.append("k_cmp", k_new), cache.append("v_cmp", v_new)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
+from nsa_transformer.kernels.compress import block_rows, position_in_group
 from nsa_transformer.models.rope import RotaryEmbedding, Rotation
 
 
@@ -37,17 +38,10 @@ class PackLayout:
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
         _check_boundaries(cu_seqlens, num_tokens, device)
-        cu = cu_seqlens.long()
-        owner, positions = _position_in_group(cu, torch.arange(num_tokens, device=device))
-
-        block, stride = config.compress_block, config.compress_stride
-        counts = ((cu.diff() - block).div(stride, rounding_mode="floor") + 1).clamp(min=0)
-        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        document, index = _position_in_group(ends, torch.arange(num_tokens // stride, device=device))
-        rows = (cu[document] + index * stride)[:, None] + torch.arange(block, device=device)
-        cmp_positions = index * stride + block // 2
-        rows = rows.clamp(0, max(num_tokens - 1, 0))
-        return PackLayout(cu_seqlens, owner, rope.rotation(positions + start), rows, rope.rotation(cmp_positions))
+        owner, positions = position_in_group(cu_seqlens.long(), torch.arange(num_tokens, device=device))
+        rows, index = block_rows(cu_seqlens, num_tokens, config)
+        middles = index * config.compress_stride + config.compress_block // 2
+        return PackLayout(cu_seqlens, owner, rope.rotation(positions + start), rows, rope.rotation(middles))
 
 
 def _check_boundaries(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
@@ -62,9 +56,3 @@ def _check_boundaries(cu_seqlens: Tensor, num_tokens: int, device: torch.device)
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != num_tokens or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         raise ValueError(f"cu_seqlens is {first} … {last}; it must rise from 0 to {num_tokens}, the number of tokens, without decreasing")
-
-
-def _position_in_group(boundaries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Which group [boundaries[g], boundaries[g + 1]) each index lies in, and where in it; past the end, the last group."""
-    group = torch.searchsorted(boundaries[1:].contiguous(), index, right=True).clamp(max=max(len(boundaries) - 2, 0))
-    return group, index - boundaries[group]

@@ -1,4 +1,4 @@
-"""The launches that `tests/kernels/aot.py` compiles: one forward and backward of the attention per kind of model that has tiles of its own."""
+"""The launches that `tests/kernels/aot.py` compiles: one forward and backward of the attention, and of φ, per kind of model that has tiles of its own."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ def attention(width: int, width_v: int, group: int, dtype: torch.dtype, config: 
         pipeline.backward(torch.empty_like(out), q, keys_values, gates, cu, cu, starts, blocks, outs, lse, config, width**-0.5)
 
 
+def compression(width: int, width_v: int, dtype: torch.dtype, config: NSAConfig | None = None, hkv: int = 4, tokens: int = 4096) -> None:
+    """φ of both kinds, forward and backward, on keys and values that are a third of a projection's rows."""
+    from nsa_transformer.kernels.triton import compress, compress_mlp
+
+    config = config or NSAConfig()
+    block, stride = config.compress_block, config.compress_stride
+    k, v = (torch.empty(tokens, 3, hkv, size, dtype=dtype)[:, 0] for size in (width, width_v))
+    plan = compress.make_plan(torch.zeros(3, dtype=torch.int32), block, stride)
+    compress.mean_backward(*compress.mean(k, v, plan, block, stride), plan, tokens, block, stride)
+    chunks = compress_mlp.split(k, v, torch.empty(block, width), torch.empty(block, width_v), plan, block, stride)
+    parts = block // stride
+    shares = (torch.empty(len(x), size * parts, dtype=dtype) for x, size in zip(chunks, (width, width_v), strict=True))
+    hidden_k, hidden_v, pre_k, pre_v = compress_mlp.combine(*shares, plan, tokens // stride, hkv, parts)
+    compress_mlp.combine_backward(hidden_k, hidden_v, pre_k, pre_v, plan, parts)
+    compress_mlp.split_backward(*chunks, plan, tokens, hkv, block, stride, torch.float32, torch.float32)
+
+
 def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
@@ -38,4 +55,7 @@ def cases() -> list[Case]:
         Case("bf16 256 G8", partial(attention, 256, 256, 8, half), slow=True),
         Case("bf16 128 G4, blocks of 128", partial(attention, 128, 128, 4, half, NSAConfig(select_block=128)), slow=True),
         Case("f32 128 G16", partial(attention, 128, 128, 16, full), slow=True),
+        Case("phi bf16 128", partial(compression, 128, 128, half)),
+        Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),
+        Case("phi f32 256, one head", partial(compression, 256, 256, full, NSAConfig(64, 64, 64), 1), slow=True),
     ]
