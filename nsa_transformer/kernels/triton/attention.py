@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels.triton import hopper, hopper_score, lists
+from nsa_transformer.kernels.triton import hopper, lists
 from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
 from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width, token_descriptors
 from nsa_transformer.kernels.triton.gates import gate_gradients
@@ -182,17 +182,11 @@ def choose_blocks(pack: _Pack, lse: Tensor) -> Tensor:
     shared = {"HKV": hkv, "P": tile.rows, "N": tile.keys, **geometry}
     for first in range(0, tiles, strip):
         count = min(strip, tiles - first)
-        documents = (pack.cu_q, pack.plan.compressed, pack.q_start, pack.plan.score, pack.num_docs, first)
-        if tile.gluon:
-            hopper_score.score[(min(count * hkv, _programs(device)),)](
-                *pack.query(), hopper.descriptor(pack.compressed[0], tile.keys), lse, own, carried, *documents, count, width, pack.log_scale,
-                **pack.heads(), HEADS=tile.heads, FOLDS=tile.heads.bit_length() - 1, D=pack.q.shape[2], **shared, **_launch(tile),
-            )  # fmt: skip
-        else:
-            score[(count, hkv)](
-                *pack.query(), *descriptors(pack.compressed[0], tile.keys), lse, own, carried, *documents, width, pack.log_scale,
-                **pack.heads(), HEADS=tile.heads, **shared, **{k: v for k, v in pack.widths().items() if k[0] in "DP"}, **_launch(tile),
-            )  # fmt: skip
+        score[(count, hkv)](
+            *pack.query(), *descriptors(pack.compressed[0], tile.keys), lse, own, carried,
+            pack.cu_q, pack.plan.compressed, pack.q_start, pack.plan.score, pack.num_docs, first, width, pack.log_scale,
+            **pack.heads(), HEADS=tile.heads, **shared, **{k: v for k, v in pack.widths().items() if k[0] in "DP"}, **_launch(tile),
+        )  # fmt: skip
         # No query of the strip stands later than its index in the pack, or than that many keys before the end.
         reach = min(keys, (first + count) * tile.rows + keys - queries)
         reach = triton.cdiv(reach, config.select_block)

@@ -24,7 +24,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 @gluon.jit
-def find_document(starts, num_docs, index):
+def _find_document(starts, num_docs, index):
     """As `common.find_document`."""
     low = 0
     high = num_docs
@@ -37,7 +37,7 @@ def find_document(starts, num_docs, index):
 
 
 @gluon.jit
-def keys_before(t, BLOCK: gl.constexpr, STRIDE: gl.constexpr):
+def _keys_before(t, BLOCK: gl.constexpr, STRIDE: gl.constexpr):
     """As `common.keys_before`."""
     return gl.maximum(t + 1 - BLOCK + STRIDE, 0) // STRIDE
 
@@ -84,7 +84,7 @@ def _row_max(s, FOLDS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def fold(p, FOLDS: gl.constexpr):
+def _fold(p, FOLDS: gl.constexpr):
     """Sums over p's columns, [M, 8]: so much of a row's sum needs no other thread. The rest is added up once at the end."""
     for _ in gl.static_range(FOLDS):
         a, b = _halves(p)
@@ -94,7 +94,7 @@ def fold(p, FOLDS: gl.constexpr):
 
 @gluon.jit
 def _add_up(total, fade, p, FOLDS: gl.constexpr):
-    return total * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, total.type.layout)), 1) + fold(p, FOLDS)
+    return total * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, total.type.layout)), 1) + _fold(p, FOLDS)
 
 
 @gluon.jit
@@ -127,12 +127,12 @@ def _produce_band(
     for item in range(gl.program_id(0), num_tiles * HKV, gl.num_programs(0)):
         head = item // num_tiles
         tile = num_tiles - 1 - item % num_tiles
-        document = find_document(tiles, num_docs, tile)
+        document = _find_document(tiles, num_docs, tile)
         base = gl.load(key_starts + document)
         row0 = (tile - gl.load(tiles + document)) * ROWS
         queries = gl.load(cu_q + document + 1) - gl.load(cu_q + document)
         start = gl.load(q_start + document)
-        end = keys_before(start + gl.minimum((row0 + ROWS - 1) // G, queries - 1), BLOCK, STRIDE)
+        end = _keys_before(start + gl.minimum((row0 + ROWS - 1) // G, queries - 1), BLOCK, STRIDE)
         begin = 0
         if WINDOW > 0:
             begin = gl.maximum(start + row0 // G + 1 - WINDOW, 0)
@@ -193,29 +193,29 @@ def _attend_band(
     for item in range(gl.program_id(0), num_tiles * HKV, gl.num_programs(0)):
         head = item // num_tiles
         tile = num_tiles - 1 - item % num_tiles
-        document = find_document(tiles, num_docs, tile)
+        document = _find_document(tiles, num_docs, tile)
         row0 = (tile - gl.load(tiles + document)) * ROWS
         first = gl.load(cu_q + document)
         tokens = gl.load(cu_q + document + 1) - first
         rows = tokens * G
         start = gl.load(q_start + document)
-        end = keys_before(start + gl.minimum((row0 + ROWS - 1) // G, tokens - 1), BLOCK, STRIDE)
+        end = _keys_before(start + gl.minimum((row0 + ROWS - 1) // G, tokens - 1), BLOCK, STRIDE)
         begin = 0
         if WINDOW > 0:
             begin = gl.maximum(start + row0 // G + 1 - WINDOW, 0)
         row0 += WHICH * M
         earliest = start + row0 // G
         latest = start + gl.minimum((row0 + M - 1) // G, tokens - 1)
-        all_see = keys_before(earliest, BLOCK, STRIDE)
-        some_see = gl.where(row0 < rows, keys_before(latest, BLOCK, STRIDE), 0)
+        all_see = _keys_before(earliest, BLOCK, STRIDE)
+        some_see = gl.where(row0 < rows, _keys_before(latest, BLOCK, STRIDE), 0)
         _load_queries(q, q_stride, q_head_stride, q_tile, first, row0, rows, head, M, HQ, G, D)
         row = row0 + gl.arange(0, M, by_row)
         t = start + row // G
         column = gl.arange(0, N, gl.SliceLayout(0, scores))
-        high = keys_before(t, BLOCK, STRIDE)
+        high = _keys_before(t, BLOCK, STRIDE)
         low = t + 1 - WINDOW
         top = gl.full([M], float("-inf"), gl.float32, by_row)
-        total = fold(gl.zeros([M, N], gl.float32, scores), FOLDS)
+        total = _fold(gl.zeros([M, N], gl.float32, scores), FOLDS)
         acc = gl.zeros([M, D], gl.float32, outputs)
         # Of the tile's steps this warpgroup takes part in [first_step, last_step).
         last_step = step + (gl.maximum(gl.minimum(some_see, end) - begin, 0) + N - 1) // N
@@ -319,7 +319,7 @@ def _produce_selected(
     for item in range(gl.program_id(0), num_tiles * HKV, gl.num_programs(0)):
         head = item // num_tiles
         tile = item % num_tiles
-        base = gl.load(cu_k + find_document(tiles, num_docs, tile))
+        base = gl.load(cu_k + _find_document(tiles, num_docs, tile))
         at = union + (tile.to(gl.int64) * HKV + head) * L
         sums_at = sums + (tile.to(gl.int64) * HKV + head) * (L + 1)
         block = gl.load(at)
@@ -394,7 +394,7 @@ def _attend_selected(
     for item in range(gl.program_id(0), num_tiles * HKV, gl.num_programs(0)):
         head = item // num_tiles
         tile = item % num_tiles
-        document = find_document(tiles, num_docs, tile)
+        document = _find_document(tiles, num_docs, tile)
         tile_row = (tile - gl.load(tiles + document)) * ROWS
         row0 = tile_row + WHICH * M
         first = gl.load(cu_q + document)
@@ -411,7 +411,7 @@ def _attend_selected(
         earliest = start + row0 // G
         column = gl.arange(0, N, gl.SliceLayout(0, scores))
         top = gl.full([M], float("-inf"), gl.float32, by_row)
-        total = fold(gl.zeros([M, N], gl.float32, scores), FOLDS)
+        total = _fold(gl.zeros([M, N], gl.float32, scores), FOLDS)
         acc = gl.zeros([M, D], gl.float32, outputs)
         step = _next_seen(full, empty, members, step, until, low_bit, bits, STAGES)
         while step < until:

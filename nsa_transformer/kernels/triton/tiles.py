@@ -57,9 +57,7 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
             band_q=Tile(128, 64, 8, 3),
             compressed_kv=Tile(32, 64, 4, 3),
             window_kv=Tile(32, 64, 4, 3),
-            score=Tile(256 // heads, 64, 4, 6, heads=heads, gluon=True)
-            if gluon and 4 <= heads <= 16
-            else Tile(min(16, max(1, 128 // heads)), 64, 4, 3, heads=heads),
+            score=Tile(min(16, max(1, 128 // heads)), 64, 4, 3, heads=heads),
             selected=gluon if gluon and tokens <= 64 and select % 64 == 0 else Tile(64, block, 4, 3),
             selected_q=Tile(64, block, 4, 2),
             selected_kv=Tile(32, block, 4, 2),
