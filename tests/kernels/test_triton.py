@@ -198,19 +198,14 @@ def test_strided_inputs_give_the_same_bits():
 
 
 @pytest.mark.parametrize("lengths", [[130], [60, 71]], ids=str)
-def test_strips_chunks_runs_segments_and_parts(lengths, monkeypatch):
+def test_strips_chunks_segments_and_parts(lengths, monkeypatch):
     from nsa_transformer.kernels.triton import attention
 
     monkeypatch.setattr(attention, "SELECT_CHUNK", 16)
     monkeypatch.setattr(attention, "SCORE_TABLE", 1)
-    monkeypatch.setattr(attention, "_run", lambda *_: 32)
     monkeypatch.setattr(attention, "_segment", lambda *_: 8)
     monkeypatch.setattr(attention, "_parts", lambda *_: 4)
-    case = case_of(lengths, compress_block=4, group=2, num_selected=5)
-    check(case)
-    first, second = run(case, "triton"), run(case, "triton")
-    for name, x, y in zip(NAMES, first.grads, second.grads, strict=True):
-        assert_same_bits(name, x, y)
+    check(case_of(lengths, compress_block=4, group=2, num_selected=5))
 
 
 @pytest.mark.slow

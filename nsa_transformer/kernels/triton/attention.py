@@ -23,7 +23,6 @@ from nsa_transformer.kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 SCORE_TABLE = 1 << 26  # float32 entries of the table of importances, 256 MiB
 ROWS_IN_CACHE = 1 << 24  # bytes
-RUN_IN_CACHE = 1 << 25  # bytes
 SELECT_CHUNK = 1024  # blocks that selection looks at together
 
 
@@ -313,38 +312,28 @@ def selected_dq(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delt
     )  # fmt: skip
 
 
-def _run(pack: _Pack) -> int:
-    """Tokens of a run: a power of two, whose rows of q and dO of one key/value head take about RUN_IN_CACHE bytes."""
-    token = pack.group * (pack.q.shape[2] + pack.selected[1].shape[2]) * pack.q.element_size()
-    return max(128, 1 << (max(RUN_IN_CACHE // token, 1).bit_length() - 1))
-
-
 def _segment(entries: int, device: torch.device) -> int:
     """Tokens of a segment: so few that the segments fill the device several times over, so many that their parts stay small."""
-    return max(128, min(1024, triton.next_power_of_2(max(entries, 1)) // (16 * triton.next_power_of_2(_programs(device)))))
+    return max(128, min(2048, triton.next_power_of_2(max(entries, 1)) // (16 * triton.next_power_of_2(_programs(device)))))
 
 
 def selected_dkv(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     config, tile, hkv, device = pack.config, pack.tiles.selected_kv, pack.hkv, pack.q.device
-    num_keys, select = pack.selected[0].shape[0], config.select_block
-    num_blocks = pack.key_tiles(num_keys, select)
-    chosen = lists.make_choosers(blocks, pack.cu_q, pack.q_start, pack.plan.blocks, num_blocks, select, _run(pack), _segment(blocks.numel(), device))
-    pieces = triton.cdiv(select, tile.keys)
-    padded = pieces * tile.keys
-    sums = [torch.zeros(num_keys, hkv, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
-    parts = [torch.empty(max(chosen.max_shared, 1), padded, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
-    for run in range(chosen.runs):
-        selected_grad_kv[(chosen.max_segments, pieces)](
-            *pack.query(), *_keys_values(pack.selected, tile.keys), chosen.tokens, chosen.starts, chosen.segments, chosen.shared, chosen.owner,
-            grad_out, lse, delta, pack.gates, *sums, *parts, pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks,
-            run * chosen.per_run, chosen.segment, pack.log_scale, pack.scale,
-            **pack.heads(), HKV=hkv, SELECT=select, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
-        )  # fmt: skip
-    grads = [torch.empty(x.shape, dtype=pack.q.dtype, device=device) for x in sums]
-    rows = min(16, padded)
-    for source, part, grad in zip(sums, parts, grads, strict=True):
+    num_keys = pack.selected[0].shape[0]
+    num_blocks = pack.key_tiles(num_keys, config.select_block)
+    segment = _segment(blocks.numel(), device)
+    chosen = lists.make_choosers(blocks, pack.cu_q, pack.q_start, pack.plan.blocks, num_blocks, config.select_block, segment)
+    grads = [torch.empty(num_keys, hkv, x.shape[2], dtype=x.dtype, device=device) for x in pack.selected]
+    pieces = triton.cdiv(config.select_block, tile.keys)
+    parts = [torch.empty(max(chosen.max_shared, 1), pieces * tile.keys, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
+    selected_grad_kv[(chosen.max_segments, pieces)](
+        *pack.query(), *_keys_values(pack.selected, tile.keys), chosen.tokens, chosen.starts, chosen.segments, chosen.shared,
+        grad_out, lse, delta, pack.gates, *grads, *parts, pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks, segment,
+        pack.log_scale, pack.scale, **pack.heads(), HKV=hkv, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
+    )  # fmt: skip
+    for source, grad in zip(parts, grads, strict=True):
         first, second = split_width(grad.shape[2])
-        sum_segments[(hkv * num_blocks, padded // rows)](
-            source, part, grad, chosen.shared, pack.cu_k, pack.plan.blocks, pack.num_docs, num_blocks, chosen.runs, hkv, select, padded, rows, first, second
+        sum_segments[(hkv * num_blocks, pieces)](
+            source, grad, chosen.shared, pack.cu_k, pack.plan.blocks, pack.num_docs, num_blocks, hkv, config.select_block, tile.keys, first, second
         )
     return grads[0], grads[1]

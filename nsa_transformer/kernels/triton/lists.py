@@ -108,48 +108,41 @@ def make_union(blocks: Tensor, cu_q: Tensor, q_start: Tensor, tiles: Tensor, max
 
 @dataclass(frozen=True)
 class Choosers:
-    """Per owner, which is (run of queries, key/value head, block of the pack): the run's tokens that chose the block, ascending, cut into
-    segments of at most `segment` tokens. Runs come first, so that all blocks pass over the rows of one run while these are in the cache.
+    """Per (key/value head, block of the pack): the tokens that chose it, ascending, cut into segments of at most SEGMENT tokens.
 
-    tokens int32 [T * n * HKV]; starts int32 [owners + 1] into it; segments int32 [owners + 1], running count of segments; shared int32
-    [owners + 1], running count of those segments whose owner has several; owner int32 [all segments], whose each is.
+    tokens int32 [T * n * HKV]; starts int32 [HKV * blocks + 1] into it; segments int32 [HKV * blocks + 1], running count of segments (at
+    least one each); shared int32 [HKV * blocks + 1], running count of those segments whose block has several.
     """
 
     tokens: Tensor
     starts: Tensor
     segments: Tensor
     shared: Tensor
-    owner: Tensor
-    runs: int
-    per_run: int
-    max_segments: int  # of one run
-    max_shared: int  # of all
+    max_segments: int
+    max_shared: int
     num_blocks: int
     segment: int
 
 
-def make_choosers(blocks: Tensor, cu_q: Tensor, q_start: Tensor, block_starts: Tensor, num_blocks: int, select: int, run: int, segment: int) -> Choosers:
-    """`num_blocks` bounds the blocks of the pack; `run` is in tokens. A stable sort keeps tokens ascending, so the sums over them have one order."""
+def make_choosers(blocks: Tensor, cu_q: Tensor, q_start: Tensor, block_starts: Tensor, num_blocks: int, select: int, segment: int) -> Choosers:
+    """`num_blocks` bounds the blocks of the pack. A stable sort keeps tokens ascending, so the sums over them have one order."""
     queries, hkv, num = blocks.shape
     device = blocks.device
-    runs, per_run = -(-queries // run), hkv * num_blocks
-    nowhere = runs * per_run
-    kind = torch.int32 if nowhere < 1 << 31 else torch.int64
     token = torch.arange(queries, dtype=torch.int32, device=device)
     document = torch.searchsorted(cu_q[1:], token, right=True).clamp_(max=cu_q.shape[0] - 2)
     t = token - cu_q[document] + q_start[document]
-    usable = (blocks >= 0) & (blocks * select <= t[:, None, None])
-    head = torch.arange(hkv, dtype=kind, device=device)
-    base = (token // run).to(kind)[:, None] * per_run + head * num_blocks + block_starts[document][:, None]
-    key, order = torch.where(usable, blocks + base[:, :, None], nowhere).flatten().sort(stable=True)
-    tokens = (order // (hkv * num)).to(torch.int32)
-    starts = torch.searchsorted(key, torch.arange(nowhere + 1, dtype=kind, device=device), out_int32=True)
+    by_head = blocks.transpose(0, 1)
+    usable = (by_head >= 0) & (by_head * select <= t[:, None])
+    head = torch.arange(hkv, dtype=torch.int32, device=device)[:, None, None]
+    nowhere = hkv * num_blocks
+    key = torch.where(usable, by_head + (block_starts[document][:, None] + head * num_blocks), nowhere)
+    key, order = key.flatten().sort(stable=True)
+    tokens = (order // num % queries).to(torch.int32)
+    starts = torch.searchsorted(key, torch.arange(nowhere + 1, dtype=torch.int32, device=device), out_int32=True)
     pieces = (starts.diff() + (segment - 1)) // segment
-    segments = torch.nn.functional.pad(pieces.cumsum(0, dtype=torch.int32), (1, 0))
-    shared = torch.nn.functional.pad(torch.where(pieces > 1, pieces, 0).cumsum(0, dtype=torch.int32), (1, 0))
+    zero = pieces.new_zeros(1)
+    segments = torch.cat([zero, pieces.clamp(min=1).cumsum(0, dtype=torch.int32)])
+    shared = torch.cat([zero, torch.where(pieces > 1, pieces, 0).cumsum(0, dtype=torch.int32)])
     entries = queries * hkv * num
-    every = torch.arange(entries // segment + min(nowhere, entries), dtype=torch.int32, device=device)
-    owner = torch.searchsorted(segments, every, right=True, out_int32=True) - 1
-    # An owner with several segments has more than `segment` entries, hence at most twice entries / segment of them.
-    most = min(run, queries) * hkv * num // segment + per_run
-    return Choosers(tokens, starts, segments, shared, owner, runs, per_run, most, 2 * (entries // segment), num_blocks, segment)
+    # A block with several segments has more than SEGMENT entries, hence at most twice entries / SEGMENT of them.
+    return Choosers(tokens, starts, segments, shared, entries // segment + nowhere, 2 * (entries // segment), num_blocks, segment)

@@ -197,7 +197,7 @@ def selected_grad_q(
         store_rows(grad_q, to, inside, before1 + dq1 * factor[:, None], D0, D1)
 
 
-@triton.jit(repr=lambda _: "nsa_selected_dkv", do_not_specialize=["num_docs", "num_blocks", "first_owner", "segment"])
+@triton.jit(repr=lambda _: "nsa_selected_dkv", do_not_specialize=["num_docs", "num_blocks", "segment"])
 def selected_grad_kv(
     q,
     q_stride,
@@ -210,13 +210,12 @@ def selected_grad_kv(
     starts,
     segments,
     shared,
-    owners,
     grad_out,
     lse,
     delta,
     gates,
-    sum_k,
-    sum_v,
+    grad_k,
+    grad_v,
     parts_k,
     parts_v,
     cu_q,
@@ -225,7 +224,6 @@ def selected_grad_kv(
     block_starts,
     num_docs,
     num_blocks,
-    first_owner,
     segment,
     scale,
     raw_scale,
@@ -242,16 +240,18 @@ def selected_grad_kv(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds to sum_k, sum_v what one run's tokens give to N keys of a block that they chose; what one of several segments of these tokens gives
-    goes to parts_k, parts_v. first_owner: of the run."""
+    """grad_k, grad_v of N keys of one block from one segment of the tokens that chose it; into parts_k, parts_v where the block has several
+    segments."""
     PIECES: tl.constexpr = (SELECT + N - 1) // N
     piece = tl.program_id(1) * N
-    item = tl.load(segments + first_owner) + tl.program_id(0)
-    if item >= tl.load(segments + first_owner + HKV * num_blocks):
+    item = tl.program_id(0)
+    if item >= tl.load(segments + HKV * num_blocks):
         return
-    owner = tl.load(owners + item)
-    head = (owner - first_owner) // num_blocks
-    block = (owner - first_owner) % num_blocks
+    owner = find_document(segments, HKV * num_blocks, item)
+    head = owner // num_blocks
+    block = owner % num_blocks
+    if block >= tl.load(block_starts + num_docs):
+        return
     document = find_document(block_starts, num_docs, block)
     position = (block - tl.load(block_starts + document)) * SELECT + piece
     base = tl.load(cu_k + document)
@@ -298,42 +298,44 @@ def selected_grad_kv(
         if E1 > 0:
             store_rows(parts_v, to * (E0 + E1), everywhere, dv1, E0, E1)
     else:
-        # Runs come one launch after the other, and a block is one owner's in each.
         to = (base + column).to(tl.int64) * HKV + head
-        before0, before1 = load_pair(sum_k, to * (D0 + D1), inside_keys, D0, D1)
-        store_rows(sum_k, to * (D0 + D1), inside_keys, before0 + dk0, 0, D0)
+        store_rows(grad_k, to * (D0 + D1), inside_keys, dk0, 0, D0)
+        store_rows(grad_v, to * (E0 + E1), inside_keys, dv0, 0, E0)
         if D1 > 0:
-            store_rows(sum_k, to * (D0 + D1), inside_keys, before1 + dk1, D0, D1)
-        before0, before1 = load_pair(sum_v, to * (E0 + E1), inside_keys, E0, E1)
-        store_rows(sum_v, to * (E0 + E1), inside_keys, before0 + dv0, 0, E0)
+            store_rows(grad_k, to * (D0 + D1), inside_keys, dk1, D0, D1)
         if E1 > 0:
-            store_rows(sum_v, to * (E0 + E1), inside_keys, before1 + dv1, E0, E1)
+            store_rows(grad_v, to * (E0 + E1), inside_keys, dv1, E0, E1)
 
 
-@triton.jit(repr=lambda _: "nsa_sum_segments", do_not_specialize=["num_docs", "num_blocks", "runs"])
+@triton.jit(repr=lambda _: "nsa_sum_segments", do_not_specialize=["num_docs", "num_blocks"])
 def sum_segments(
-    sums, parts, grad, shared, cu_k, block_starts, num_docs, num_blocks, runs,
-    HKV: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-):  # fmt: skip
-    """grad of ROWS keys of a block: its sum, and the parts of its owners in order; a part has PADDED rows."""
-    head = tl.program_id(0) // num_blocks
-    block = tl.program_id(0) % num_blocks
-    if block >= tl.load(block_starts + num_docs):
+    parts, grad, shared, cu_k, block_starts, num_docs, num_blocks, HKV: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):
+    """grad rows of the blocks with several segments, N rows a program: their sum, in order."""
+    PIECES: tl.constexpr = (SELECT + N - 1) // N
+    piece = tl.program_id(1) * N
+    owner = tl.program_id(0)
+    part = tl.load(shared + owner)
+    end = tl.load(shared + owner + 1)
+    if end == part:
         return
+    head = owner // num_blocks
+    block = owner % num_blocks
     document = find_document(block_starts, num_docs, block)
-    column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    position = (block - tl.load(block_starts + document)) * SELECT + column
+    position = (block - tl.load(block_starts + document)) * SELECT + piece
     base = tl.load(cu_k + document)
-    inside = (position < tl.load(cu_k + document + 1) - base) & (column < SELECT)
-    to = ((base + position).to(tl.int64) * HKV + head) * (D0 + D1)
-    total0, total1 = load_pair(sums, to, inside, D0, D1)
-    for run in range(runs):
-        owner = run * HKV * num_blocks + tl.program_id(0)
-        for number in tl.range(tl.load(shared + owner), tl.load(shared + owner + 1)):
-            x0, x1 = load_pair(parts, (number * PADDED + column).to(tl.int64) * (D0 + D1), column < SELECT, D0, D1)
-            total0 += x0
-            if D1 > 0:
-                total1 += x1
+    column = tl.arange(0, N)
+    inside = (position + column < tl.load(cu_k + document + 1) - base) & (column < SELECT)
+    total0 = tl.zeros([N, D0], tl.float32)
+    total1 = 0.0
+    if D1 > 0:
+        total1 = tl.zeros([N, D1], tl.float32)
+    for number in tl.range(part, end):
+        x0, x1 = load_pair(parts, (number * (PIECES * N) + piece + column).to(tl.int64) * (D0 + D1), column >= 0, D0, D1)
+        total0 += x0
+        if D1 > 0:
+            total1 += x1
+    to = ((base + position + column).to(tl.int64) * HKV + head) * (D0 + D1)
     store_rows(grad, to, inside, total0, 0, D0)
     if D1 > 0:
         store_rows(grad, to, inside, total1, D0, D1)
