@@ -331,9 +331,11 @@ def selected_dkv(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, del
         grad_out, lse, delta, pack.gates, *grads, *parts, pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks, segment,
         pack.log_scale, pack.scale, **pack.heads(), HKV=hkv, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip
+    padded = pieces * tile.keys
+    rows = min(8, padded)  # the sum of the block that all tokens choose is long: many programs share it
     for source, grad in zip(parts, grads, strict=True):
         first, second = split_width(grad.shape[2])
-        sum_segments[(hkv * num_blocks, pieces)](
-            source, grad, chosen.shared, pack.cu_k, pack.plan.blocks, pack.num_docs, num_blocks, hkv, config.select_block, tile.keys, first, second
+        sum_segments[(hkv * num_blocks, padded // rows)](
+            source, grad, chosen.shared, pack.cu_k, pack.plan.blocks, pack.num_docs, num_blocks, hkv, config.select_block, padded, rows, first, second
         )
     return grads[0], grads[1]

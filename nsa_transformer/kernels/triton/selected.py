@@ -309,11 +309,10 @@ def selected_grad_kv(
 
 @triton.jit(repr=lambda _: "nsa_sum_segments", do_not_specialize=["num_docs", "num_blocks"])
 def sum_segments(
-    parts, grad, shared, cu_k, block_starts, num_docs, num_blocks, HKV: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
-):
-    """grad rows of the blocks with several segments, N rows a program: their sum, in order."""
-    PIECES: tl.constexpr = (SELECT + N - 1) // N
-    piece = tl.program_id(1) * N
+    parts, grad, shared, cu_k, block_starts, num_docs, num_blocks,
+    HKV: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """grad of ROWS keys of a block with several segments: their sum, in order. A part has PADDED rows."""
     owner = tl.program_id(0)
     part = tl.load(shared + owner)
     end = tl.load(shared + owner + 1)
@@ -322,20 +321,20 @@ def sum_segments(
     head = owner // num_blocks
     block = owner % num_blocks
     document = find_document(block_starts, num_docs, block)
-    position = (block - tl.load(block_starts + document)) * SELECT + piece
+    column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    position = (block - tl.load(block_starts + document)) * SELECT + column
     base = tl.load(cu_k + document)
-    column = tl.arange(0, N)
-    inside = (position + column < tl.load(cu_k + document + 1) - base) & (column < SELECT)
-    total0 = tl.zeros([N, D0], tl.float32)
+    inside = (position < tl.load(cu_k + document + 1) - base) & (column < SELECT)
+    total0 = tl.zeros([ROWS, D0], tl.float32)
     total1 = 0.0
     if D1 > 0:
-        total1 = tl.zeros([N, D1], tl.float32)
+        total1 = tl.zeros([ROWS, D1], tl.float32)
     for number in tl.range(part, end):
-        x0, x1 = load_pair(parts, (number * (PIECES * N) + piece + column).to(tl.int64) * (D0 + D1), column >= 0, D0, D1)
+        x0, x1 = load_pair(parts, (number * PADDED + column).to(tl.int64) * (D0 + D1), column >= 0, D0, D1)
         total0 += x0
         if D1 > 0:
             total1 += x1
-    to = ((base + position + column).to(tl.int64) * HKV + head) * (D0 + D1)
+    to = ((base + position).to(tl.int64) * HKV + head) * (D0 + D1)
     store_rows(grad, to, inside, total0, 0, D0)
     if D1 > 0:
         store_rows(grad, to, inside, total1, D0, D1)
