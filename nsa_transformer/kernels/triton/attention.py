@@ -202,8 +202,9 @@ def attend_selected(pack: _Pack, blocks: Tensor, outs: Tensor, out: Tensor, lse:
     """The selected branch, and out: the three branches weighed by their gates."""
     config, tile = pack.config, pack.tiles.selected
     max_tiles = pack.row_tiles(tile.rows)
-    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, tile.rows, config.select_block)
-    chosen = (union.blocks, union.sums, union.counts, pack.gates, outs[0], outs[2], outs[1], out, lse)
+    parts = hopper.WARPGROUPS.value if tile.gluon else 1
+    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, tile.rows, config.select_block, parts)
+    chosen = (union.blocks, union.members, union.counts, pack.gates, outs[0], outs[2], outs[1], out, lse)
     documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected, pack.num_docs, pack.log_scale)
     shared = {**pack.heads(), "HKV": pack.hkv, "L": union.length, "SELECT": config.select_block, "N": tile.keys, "SAVE": save, **_launch(tile)}
     if tile.gluon:
@@ -306,7 +307,7 @@ def selected_dq(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delt
     max_tiles = pack.row_tiles(tile.rows)
     union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected_q, max_tiles, pack.group, tile.rows, config.select_block)
     selected_grad_q[(max_tiles, pack.hkv)](
-        *pack.query(), *_keys_values(pack.selected, tile.keys), union.blocks, union.sums, union.counts, grad_out, lse, delta, pack.gates, grad_q,
+        *pack.query(), *_keys_values(pack.selected, tile.keys), union.blocks, union.members, union.counts, grad_out, lse, delta, pack.gates, grad_q,
         pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected_q, pack.num_docs, pack.log_scale, pack.scale,
         **pack.heads(), HKV=pack.hkv, L=union.length, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip

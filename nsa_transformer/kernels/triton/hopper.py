@@ -308,7 +308,7 @@ def banded_forward(
 
 @gluon.jit
 def _produce_selected(
-    keys, values, k_tiles, v_tiles, full, empty, positions, members, union, sums, counts, cu_k, tiles, num_docs,
+    keys, values, k_tiles, v_tiles, full, empty, positions, members, union, who, counts, cu_k, tiles, num_docs,
     HKV: gl.constexpr, L: gl.constexpr, SELECT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Beside each tile of keys goes where it starts and which tokens chose it: the lists are read once, by a warp that is ahead."""
@@ -320,25 +320,23 @@ def _produce_selected(
         head = item // num_tiles
         tile = item % num_tiles
         base = gl.load(cu_k + _find_document(tiles, num_docs, tile))
-        at = union + (tile.to(gl.int64) * HKV + head) * L
-        sums_at = sums + (tile.to(gl.int64) * HKV + head) * (L + 1)
-        block = gl.load(at)
-        sum_before = gl.load(sums_at)
-        sum_here = gl.load(sums_at + 1)
+        at = (tile.to(gl.int64) * HKV + head) * L
+        block = gl.load(union + at)
+        chosen = gl.load(who + at)
         for entry in range(gl.load(counts + tile * HKV + head)):
-            following = gl.load(at + gl.minimum(entry + 1, L - 1))
-            sum_after = gl.load(sums_at + gl.minimum(entry + 2, L))
+            after = at + gl.minimum(entry + 1, L - 1)
+            next_block = gl.load(union + after)
+            next_chosen = gl.load(who + after)
             for piece in gl.static_range(PIECES):
                 stage = step % STAGES
                 position = block * SELECT + piece * N
                 mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
                 positions.index(stage).store(gl.full([1], position, gl.int32, single))
-                members.index(stage).store(gl.full([1], sum_here - sum_before, members.dtype, single))
+                members.index(stage).store(gl.full([1], chosen, members.dtype, single))
                 _copy(keys, values, k_tiles, v_tiles, full, base + position, head, stage, N, D)
                 step += 1
-            block = following
-            sum_before = sum_here
-            sum_here = sum_after
+            block = next_block
+            chosen = next_chosen
 
 
 @gluon.jit
@@ -477,7 +475,7 @@ def _attend_selected(
 
 @gluon.jit(repr=lambda _: "nsa_selected_forward_sm90", do_not_specialize=["num_docs"])
 def selected_forward(
-    q, q_stride, q_head_stride, keys, values, union, sums, counts, gates, out_compressed, out_window, out_selected, out, lse,
+    q, q_stride, q_head_stride, keys, values, union, who, counts, gates, out_compressed, out_window, out_selected, out, lse,
     cu_q, cu_k, q_start, tiles, num_docs, scale,
     HQ: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, L: gl.constexpr, SELECT: gl.constexpr, N: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, SAVE: gl.constexpr,
@@ -489,7 +487,7 @@ def selected_forward(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     positions = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    members = gl.allocate_shared_memory(sums.dtype.element_ty, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    members = gl.allocate_shared_memory(who.dtype.element_ty, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=WARPGROUPS)
@@ -505,7 +503,7 @@ def selected_forward(
             (_attend_selected, (q, q_stride, q_head_stride, q_tiles, k_tiles, v_tiles, full, empty, positions, members, counts, gates,
                                 out_compressed, out_window, out_selected, out, lse, cu_q, q_start, tiles, num_docs, scale, 2,
                                 HQ, HKV, G, SELECT, N, D, STAGES, SAVE)),
-            (_produce_selected, (keys, values, k_tiles, v_tiles, full, empty, positions, members, union, sums, counts, cu_k, tiles, num_docs,
+            (_produce_selected, (keys, values, k_tiles, v_tiles, full, empty, positions, members, union, who, counts, cu_k, tiles, num_docs,
                                  HKV, L, SELECT, N, D, STAGES)),
         ],
         [4, 4, 1],

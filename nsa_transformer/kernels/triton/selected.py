@@ -32,14 +32,13 @@ def _row_tile(tiles, cu_q, q_start, num_docs, head, M: tl.constexpr, G: tl.const
 
 
 @triton.jit
-def _entry(union, sums, at, sums_at, step, bit, t, inside, SELECT: tl.constexpr, N: tl.constexpr):
+def _entry(union, members, at, step, bit, t, inside, SELECT: tl.constexpr, N: tl.constexpr):
     """The N keys of step `step` over a list of blocks: where they start, and how many of them each row sees: those up to t if its token
     chose the block, else none."""
     PIECES: tl.constexpr = (SELECT + N - 1) // N
     entry = step // PIECES
     start = tl.load(union + at + entry) * SELECT + step % PIECES * N
-    members = tl.load(sums + sums_at + entry + 1) - tl.load(sums + sums_at + entry)
-    chose = ((members >> bit) & 1) != 0
+    chose = ((tl.load(members + at + entry) >> bit) & 1) != 0
     return start, tl.where(chose & inside, tl.minimum(t + 1 - start, SELECT), 0)
 
 
@@ -53,7 +52,7 @@ def selected_forward(
     values0,
     values1,
     union,
-    sums,
+    members,
     counts,
     gates,
     out_compressed,
@@ -90,9 +89,8 @@ def selected_forward(
     q0, q1 = load_pair(q, pair // HQ * q_stride + pair % HQ * q_head_stride, inside, D0, D1)
     base = tl.load(cu_k + document)
     at = (tile.to(tl.int64) * HKV + head) * L
-    sums_at = (tile.to(tl.int64) * HKV + head) * (L + 1)
     column = tl.arange(0, N)
-    bit = token.to(sums.dtype.element_ty)
+    bit = token.to(members.dtype.element_ty)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc0 = tl.zeros([M, E0], tl.float32)
@@ -100,7 +98,7 @@ def selected_forward(
     if E1 > 0:
         acc1 = tl.zeros([M, E1], tl.float32)
     for step in tl.range(0, tl.load(counts + tile * HKV + head) * ((SELECT + N - 1) // N), num_stages=STAGES):
-        position, high = _entry(union, sums, at, sums_at, step, bit, t, inside, SELECT, N)
+        position, high = _entry(union, members, at, step, bit, t, inside, SELECT, N)
         acc0, acc1, top, total = attend_step(
             acc0, acc1, top, total, q0, q1, keys0, keys1, values0, values1,
             base + position, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
@@ -137,7 +135,7 @@ def selected_grad_q(
     values0,
     values1,
     union,
-    sums,
+    members,
     counts,
     grad_out,
     lse,
@@ -176,15 +174,14 @@ def selected_grad_q(
     row_delta = tl.load(delta + pair, mask=inside, other=0.0)
     base = tl.load(cu_k + document)
     at = (tile.to(tl.int64) * HKV + head) * L
-    sums_at = (tile.to(tl.int64) * HKV + head) * (L + 1)
     column = tl.arange(0, N)
-    bit = token.to(sums.dtype.element_ty)
+    bit = token.to(members.dtype.element_ty)
     dq0 = tl.zeros([M, D0], tl.float32)
     dq1 = 0.0
     if D1 > 0:
         dq1 = tl.zeros([M, D1], tl.float32)
     for step in tl.range(0, tl.load(counts + tile * HKV + head) * ((SELECT + N - 1) // N), num_stages=STAGES):
-        position, high = _entry(union, sums, at, sums_at, step, bit, t, inside, SELECT, N)
+        position, high = _entry(union, members, at, step, bit, t, inside, SELECT, N)
         dq0, dq1 = grad_q_step(
             dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
             base + position, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
