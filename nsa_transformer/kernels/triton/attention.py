@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels.triton import hopper, lists
+from nsa_transformer.kernels.triton import hopper, hopper_banded, hopper_selected, lists
 from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
 from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width, token_descriptors
 from nsa_transformer.kernels.triton.gates import gate_gradients
@@ -157,7 +157,7 @@ def band_forward(pack: _Pack, name: str, out: Tensor, lse: Tensor) -> None:
     documents = (pack.cu_q, starts, pack.q_start, pack.plan.rows_band, pack.num_docs, pack.log_scale)
     tiles = pack.row_tiles(tile.rows)
     if tile.gluon:
-        hopper.banded_forward[(min(tiles * pack.hkv, _programs(pack.q.device)),)](
+        hopper_banded.banded_forward[(min(tiles * pack.hkv, _programs(pack.q.device)),)](
             *pack.query(), *(hopper.descriptor(x, tile.keys) for x in pair), out, lse, *documents,
             **pack.heads(), HKV=pack.hkv, **pack.band(name), N=tile.keys, D=out.shape[2], **_launch(tile),
         )  # fmt: skip
@@ -202,13 +202,12 @@ def attend_selected(pack: _Pack, blocks: Tensor, outs: Tensor, out: Tensor, lse:
     """The selected branch, and out: the three branches weighed by their gates."""
     config, tile = pack.config, pack.tiles.selected
     max_tiles = pack.row_tiles(tile.rows)
-    parts = hopper.WARPGROUPS.value if tile.gluon else 1
-    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, tile.rows, config.select_block, parts)
+    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, tile.rows, config.select_block)
     chosen = (union.blocks, union.members, union.counts, pack.gates, outs[0], outs[2], outs[1], out, lse)
     documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected, pack.num_docs, pack.log_scale)
     shared = {**pack.heads(), "HKV": pack.hkv, "L": union.length, "SELECT": config.select_block, "N": tile.keys, "SAVE": save, **_launch(tile)}
     if tile.gluon:
-        hopper.selected_forward[(min(max_tiles * pack.hkv, _programs(pack.q.device)),)](
+        hopper_selected.selected_forward[(min(max_tiles * pack.hkv, _programs(pack.q.device)),)](
             *pack.query(), *(hopper.descriptor(x, tile.keys) for x in pack.selected), *chosen, *documents, **shared, D=out.shape[2]
         )
         return

@@ -29,17 +29,12 @@ def union_lists(
     HKV: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
-    GROUPS: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
     SELECT: tl.constexpr,
 ):
-    """union int32 [tiles, HKV, L]: the blocks that any token of a tile chose; counts of them [tiles, HKV]; members [tiles, HKV, L]: who chose
-    each, bit by bit from the tile's first token on.
-
-    Ascending; with GROUPS > 1 so ordered that each of so many equal parts of the tile's rows finds its next block soon: by how many blocks of
-    its own a part has before this one, the smallest such number of the parts that chose it. L = TOKENS * SLOTS; ordered int32 [tiles, HKV, L]
-    is scratch.
+    """union int32 [tiles, HKV, L]: the blocks that any token of a tile chose, ascending; counts of them [tiles, HKV]; members [tiles, HKV, L]: who
+    chose each, bit by bit from the tile's first token on. L = TOKENS * SLOTS; ordered int32 [tiles, HKV, L] is scratch.
     """
     L: tl.constexpr = TOKENS * SLOTS
     tile = tl.program_id(0)
@@ -74,28 +69,10 @@ def union_lists(
     tl.store(members + at + place, bits, mask=ends)
     tl.debug_barrier()
     there = entry < count
-    block = tl.load(union + at + entry, mask=there, other=0)
     chosen = tl.load(members + at + entry, mask=there, other=0)
     chosen -= tl.load(members + at + entry - 1, mask=there & (entry > 0), other=0)
     tl.debug_barrier()
-    if GROUPS == 1:
-        tl.store(members + at + entry, chosen, mask=there)
-    else:
-        rank = tl.full([L], L, tl.int32)
-        for part in tl.static_range(GROUPS):
-            low = (row + part * (M // GROUPS)) // G - row // G
-            high = (row + (part + 1) * (M // GROUPS) - 1) // G - row // G
-            mine = there & (((chosen >> low.to(chosen.dtype)) & ((1 << (high - low + 1)) - 1)) != 0)
-            rank = tl.where(mine, tl.minimum(rank, tl.cumsum(mine.to(tl.int32)) - 1), rank)
-        tl.store(ordered + at + entry, tl.sort(tl.where(there, rank * L + entry, _NOTHING)))
-        tl.store(members + at + entry, chosen, mask=there)
-        tl.debug_barrier()
-        source = tl.load(ordered + at + entry, mask=there, other=0) % L
-        block = tl.load(union + at + source, mask=there, other=0)
-        chosen = tl.load(members + at + source, mask=there, other=0)
-        tl.debug_barrier()
-        tl.store(union + at + entry, block, mask=there)
-        tl.store(members + at + entry, chosen, mask=there)
+    tl.store(members + at + entry, chosen, mask=there)
 
 
 @dataclass(frozen=True)
@@ -109,7 +86,7 @@ class Union:
     rows: int
 
 
-def make_union(blocks: Tensor, cu_q: Tensor, q_start: Tensor, tiles: Tensor, max_tiles: int, group: int, rows: int, select: int, parts: int = 1) -> Union:
+def make_union(blocks: Tensor, cu_q: Tensor, q_start: Tensor, tiles: Tensor, max_tiles: int, group: int, rows: int, select: int) -> Union:
     _, hkv, num = blocks.shape
     if rows % group == 0:
         tokens = rows // group
@@ -126,7 +103,7 @@ def make_union(blocks: Tensor, cu_q: Tensor, q_start: Tensor, tiles: Tensor, max
     members = torch.empty(max_tiles, hkv, length, dtype=torch.int32 if tokens <= 32 else torch.int64, device=device)
     counts = torch.empty(max_tiles, hkv, dtype=torch.int32, device=device)
     union_lists[(max_tiles, hkv)](
-        blocks, ordered, union, members, counts, cu_q, q_start, tiles, cu_q.shape[0] - 1, num, hkv, group, rows, parts, tokens, slots, select,
+        blocks, ordered, union, members, counts, cu_q, q_start, tiles, cu_q.shape[0] - 1, num, hkv, group, rows, tokens, slots, select,
         num_warps=max(1, min(8, length // 64)),
     )  # fmt: skip
     return Union(union, members, counts, length, rows)
