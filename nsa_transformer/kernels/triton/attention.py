@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels.triton import hopper, hopper_banded, hopper_selected, lists
+from nsa_transformer.kernels.triton import hopper, hopper_banded, hopper_banded_kv, hopper_grad_kv, hopper_selected, hopper_selected_kv, lists
 from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
 from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width, token_descriptors
 from nsa_transformer.kernels.triton.gates import gate_gradients
@@ -265,6 +265,10 @@ def band_grad_q(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Te
     )  # fmt: skip
 
 
+def _row_boxes(pack: _Pack, grad_out: Tensor) -> tuple[object, object]:
+    return tuple(hopper_grad_kv.row_descriptor(x.contiguous(), pack.group) for x in (pack.q, grad_out))
+
+
 def _parts(pack: _Pack, tiles: int, size: int) -> int:
     """Runs of queries that the compressed keys' gradients are summed over apart: so short that their rows stay in the cache while all
     keys pass over them, so few that the parts, of `size` bytes each, fit in a gigabyte."""
@@ -286,14 +290,20 @@ def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: T
     tiles = pack.key_tiles(num_rows, tile.keys)
     parts = 1 if windowed else _parts(pack, tiles, sum(8 * grad.numel() // 2 for grad in grads))
     into = grads if windowed else tuple(torch.empty(parts, *shape, dtype=torch.float32, device=device) for shape in shapes)
-    q, group = pack.q, pack.group
-    boxes = group & (group - 1) == 0 and group <= tile.rows and q.stride(0) * q.element_size() % 16 == 0 and q.stride(1) * q.element_size() % 16 == 0
-    rows = (*token_descriptors(q, tile.rows, group), *token_descriptors(grad_out, tile.rows, group)) if boxes else (None,) * 4
-    banded_grad_kv[(tiles * parts, hkv)](
-        *pack.query(), *_keys_values(pair, tile.keys), grad_out, *rows, lse, delta, pack.gates, *into, num_rows, pack.cu_q, starts, pack.q_start,
-        tile_starts, pack.num_docs, pack.log_scale, pack.scale, parts, BOXES=boxes, **pack.heads(), HKV=hkv, **pack.band(name),
-        M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
-    )  # fmt: skip
+    documents = (pack.cu_q, starts, pack.q_start, tile_starts, pack.num_docs, pack.log_scale, pack.scale, parts)
+    if tile.gluon:
+        hopper_banded_kv.banded_grad_kv[(tiles * parts, hkv)](
+            *_row_boxes(pack, grad_out), *(hopper.descriptor(x, 64) for x in pair), lse, delta, pack.gates, *into, num_rows, *documents,
+            **pack.heads(), HKV=hkv, **pack.band(name), D=pack.q.shape[2], **_launch(tile),
+        )  # fmt: skip
+    else:
+        q, group = pack.q, pack.group
+        boxes = group & (group - 1) == 0 and group <= tile.rows and q.stride(0) * q.element_size() % 16 == 0 and q.stride(1) * q.element_size() % 16 == 0
+        rows = (*token_descriptors(q, tile.rows, group), *token_descriptors(grad_out, tile.rows, group)) if boxes else (None,) * 4
+        banded_grad_kv[(tiles * parts, hkv)](
+            *pack.query(), *_keys_values(pair, tile.keys), grad_out, *rows, lse, delta, pack.gates, *into, num_rows, *documents, BOXES=boxes,
+            **pack.heads(), HKV=hkv, **pack.band(name), M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
+        )  # fmt: skip
     if not windowed:
         for source, grad in zip(into, grads, strict=True):
             size = grad.numel()
@@ -326,11 +336,20 @@ def selected_dkv(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, del
     grads = [torch.empty(num_keys, hkv, x.shape[2], dtype=x.dtype, device=device) for x in pack.selected]
     pieces = triton.cdiv(config.select_block, tile.keys)
     parts = [torch.empty(max(chosen.max_shared, 1), pieces * tile.keys, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
-    selected_grad_kv[(chosen.max_segments, pieces)](
-        *pack.query(), *_keys_values(pack.selected, tile.keys), chosen.tokens, chosen.starts, chosen.segments, chosen.shared,
-        grad_out, lse, delta, pack.gates, *grads, *parts, pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks, segment,
-        pack.log_scale, pack.scale, **pack.heads(), HKV=hkv, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
-    )  # fmt: skip
+    listed = (chosen.tokens, chosen.starts, chosen.segments, chosen.shared)
+    documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks, segment)
+    if tile.gluon:
+        hopper_selected_kv.selected_grad_kv[(chosen.max_segments, pieces)](
+            *_row_boxes(pack, grad_out), *(hopper.descriptor(x, 64) for x in pack.selected), *listed, lse, delta, pack.gates, *grads, *parts, *documents,
+            pack.q.shape[0], pack.log_scale, pack.scale,
+            **pack.heads(), HKV=hkv, SELECT=config.select_block, D=pack.q.shape[2], **_launch(tile),
+        )  # fmt: skip
+    else:
+        selected_grad_kv[(chosen.max_segments, pieces)](
+            *pack.query(), *_keys_values(pack.selected, tile.keys), *listed, grad_out, lse, delta, pack.gates, *grads, *parts, *documents,
+            pack.log_scale, pack.scale,
+            **pack.heads(), HKV=hkv, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
+        )  # fmt: skip
     padded = pieces * tile.keys
     rows = min(8, padded)  # the sum of the block that all tokens choose is long: many programs share it
     for source, grad in zip(parts, grads, strict=True):
