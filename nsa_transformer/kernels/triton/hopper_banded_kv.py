@@ -66,7 +66,8 @@ def _produce(
             next_lse, next_delta, next_gate = load_stats(lse, delta, gates, first + after, after < end, head, BRANCH, HQ, G, by_lane)
             high = keys_before(start + place + nth, BLOCK, STRIDE) - at
             fill(
-                q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, full, empty, (place - begin) // TOKENS, first + place + nth, row_lse, row_delta, gate, high, head,
+                q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, full, empty, (place - begin) // TOKENS, first + place + nth,
+                row_lse, row_delta, gate, high, head,
                 HQ, G, D, STAGES, by_lane,
             )  # fmt: skip
             row_lse = next_lse
