@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend
 
 import benchmarks.attention as attention
-from benchmarks import counts, gate, page, record, shapes, timing, train_step
+from benchmarks import counts, gate, page, record, recorded_selections, shapes, timing, train_step
 from benchmarks.selections import make_blocks, mean_union
 from nsa_transformer.config import NSAConfig, build_config
 from nsa_transformer.kernels import nsa_attention
@@ -352,3 +352,38 @@ def test_training_steps_need_a_gpu_too(monkeypatch: pytest.MonkeyPatch, capsys: 
     for arguments, word in (([], "CUDA"), (["--lengths", "much"], "much"), (["--steps", "3"], "--steps 3")):
         assert train_step.main(arguments) == 2
         assert word in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- selections of a model
+
+
+def test_what_neighbours_keep_and_share() -> None:
+    """Made-up selections keep what they say, and share accordingly."""
+    iid, drift = (make_blocks(kind, 2048, 2, SMALL) for kind in ("iid", "drift"))
+    assert recorded_selections.kept_share(iid, SMALL) < 0.1
+    assert recorded_selections.kept_share(drift, SMALL) == pytest.approx(0.9, abs=0.02)
+    two, four, *_ = recorded_selections.unions(drift, SMALL)
+    assert SMALL.num_selected < two < four < recorded_selections.unions(iid, SMALL)[1]
+
+
+def test_blocks_of_a_model_are_those_of_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nsa_transformer.models.transformer import Transformer
+
+    with initialize_config_dir(str(record.ROOT / "configs"), version_base=None):
+        config = build_config(OmegaConf.to_container(compose("config", ["model=tiny", "model.num_layers=2", "model.vocab_size=300"]), resolve=True))
+    model = Transformer(config.model)
+    model.init_weights(0)
+    tokens = torch.randint(0, 300, (400,), generator=torch.Generator().manual_seed(0))
+    found = recorded_selections.record_blocks(model, tokens)
+    again = recorded_selections.record_blocks(model, tokens)
+    assert len(found) == 2 and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    nsa = config.model.nsa
+    for blocks in found:
+        assert blocks.shape == (400, config.model.num_kv_heads, nsa.num_selected) and blocks.dtype == torch.int32
+        last = blocks[-1, 0].tolist()
+        assert last == sorted(set(last)) and 0 in last and 399 // nsa.select_block in last
+    measured = recorded_selections.measure(model.eval(), tokens)
+    text = recorded_selections.render({"facts": record.facts([], "x"), "run": "x", "model": "m", "text": "t", "lengths": [measured]})
+    assert "| *drift* |" in text and "## 400 tokens" in text
+    assert recorded_selections.main([str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 2
+    assert "error: " in capsys.readouterr().err and not list(tmp_path.iterdir())

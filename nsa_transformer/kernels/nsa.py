@@ -63,9 +63,10 @@ def nsa_attention(
     check_tensors(q, keys_values, gates, blocks, scale)
     queries, keys = q.shape[0], k_slc.shape[0]
     if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, queries], dtype=torch.int32, device=q.device)
+        whole = torch.arange(2, dtype=torch.int32, device=q.device)  # made there: copied from here, it would wait for the device
+        cu_seqlens = whole * queries
         if cu_seqlens_k is None and keys != queries:
-            cu_seqlens_k = torch.tensor([0, keys], dtype=torch.int32, device=q.device)
+            cu_seqlens_k = whole * keys
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
     check_boundaries(q, cu_seqlens, cu_seqlens_k, q_start)

@@ -72,13 +72,14 @@ def make_case(
     padding: int = 0,
     unread: int = 0,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Case:
     """Random inputs for documents of the given key lengths (and, for tails, query lengths); `unread` rows past N in k_cmp, v_cmp."""
     config = config or config_of()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
 
     total_k, total_q = sum(lengths), sum(lengths if lengths_q is None else lengths_q)
     rows = sum(num_compressed(length, Geometry.of(config)) for length in lengths) + unread
@@ -90,13 +91,13 @@ def make_case(
         rand(total_k, hkv, dv),
         rand(total_k, hkv, dk),
         rand(total_k, hkv, dv),
-        torch.rand((total_q, hkv * group, 3), generator=generator, dtype=torch.float64),
+        torch.rand((total_q, hkv * group, 3), generator=generator, dtype=torch.float64, device=device),
     )
-    keywords: dict[str, Any] = {"cu_seqlens": bounds(lengths if lengths_q is None else lengths_q, padding)}
+    keywords: dict[str, Any] = {"cu_seqlens": bounds(lengths if lengths_q is None else lengths_q, padding).to(device)}
     if lengths_q is not None:
-        keywords["cu_seqlens_k"] = bounds(lengths, padding)
+        keywords["cu_seqlens_k"] = bounds(lengths, padding).to(device)
     if q_start is not None:
-        keywords["q_start"] = int32(q_start + [0] * padding)
+        keywords["q_start"] = int32(q_start + [0] * padding).to(device)
     return Case(inputs, rand(total_q, hkv * group, dv), config, keywords).to(dtype)
 
 
@@ -210,7 +211,7 @@ def plain_attention(inputs: Inputs, case: Case, blocks: Tensor) -> Tensor:
         compressed += [(document, i) for i in range(num_compressed(length, geo))]
 
     def columns(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        return tuple(torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1))  # type: ignore[return-value]
+        return tuple(torch.tensor(pairs, dtype=torch.long, device=q.device).reshape(-1, 2).unbind(1))  # type: ignore[return-value]
 
     (doc_q, t), (doc_k, s), (doc_c, i) = columns(positions(case)), columns(key), columns(compressed)
     causal = (doc_q[:, None] == doc_k) & (s <= t[:, None])  # [Tq, Tk]

@@ -18,6 +18,7 @@ from torch import Tensor
 from nsa_transformer.kernels import nsa_attention
 from nsa_transformer.kernels.dispatch import choose_backend, kernels_refuse
 
+from . import judge
 from .cases import (
     NAMES,
     Case,
@@ -25,15 +26,13 @@ from .cases import (
     assert_close,
     assert_error_within_twice_plain,
     assert_same_bits,
-    backward,
     config_of,
-    fresh,
     int32,
     make_case,
-    plain_attention,
     run,
     run_oracle,
 )
+from .judge import check
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux alone"),
@@ -45,57 +44,14 @@ SMALL = {"compress_block": 8, "compress_stride": 4, "select_block": 8, "num_sele
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Memory that a kernel leaves unwritten holds NaN."""
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    with judge.poisoned():
+        yield
 
 
 def case_of(lengths: list[int], dtype: torch.dtype = torch.float32, **keywords) -> Case:
     changes = {key: keywords.pop(key) for key in list(keywords) if key in SMALL}
     wide = {"dk": 64, "dv": 64, "hkv": 1} | keywords
     return make_case(lengths, config_of(**SMALL | changes), **wide).to(dtype)  # type: ignore[arg-type]
-
-
-def with_unread_rows(case: Case) -> Case:
-    """NaN in three rows past the documents' compressed keys."""
-
-    def longer(x: Tensor) -> Tensor:
-        return torch.cat([x, torch.full((3, *x.shape[1:]), torch.nan, dtype=x.dtype)])
-
-    return case.changed(k_cmp=longer(case.inputs.k_cmp), v_cmp=longer(case.inputs.v_cmp))
-
-
-def check(case: Case) -> None:
-    """Blocks, output and gradients; rows past the compressed keys get no gradient.
-
-    The float64 reference, which the brute force judges elsewhere, stands in for it: that takes seconds a case. Where plain PyTorch
-    happens to be exact, as for softmaxes of one key, rounding of the largest number is allowed.
-    """
-    used = len(case.inputs.k_cmp)
-    result = run(with_unread_rows(case), "triton")
-    assert not result.grads.k_cmp[used:].any() and not result.grads.v_cmp[used:].any()
-    grads = result.grads._replace(k_cmp=result.grads.k_cmp[:used], v_cmp=result.grads.v_cmp[:used])
-    exact = case.to(torch.float64)
-    if "blocks" not in case.keywords:
-        chosen = run(exact, "reference").blocks
-        assert (chosen == result.blocks).all(-1).double().mean() > 0.99
-    best = run(exact.using(blocks=result.blocks), "reference")
-    inputs = fresh(case.inputs)
-    plain_out = plain_attention(inputs, case, result.blocks)
-    plain_grads = backward(plain_out, inputs, case.grad_out)
-    rounding = 16 * torch.finfo(case.inputs.q.dtype).eps
-    rows = zip(("out", *NAMES), (result.out, *grads), (plain_out.detach(), *plain_grads), (best.out, *best.grads), strict=True)
-    for name, mine, plain, expected in rows:
-        if expected.numel():
-            error, other = (mine.double() - expected).abs(), (plain.double() - expected).abs()
-            floor = rounding * max(1.0, expected.abs().max().item())
-            assert error.max() <= 2 * other.max() + floor, f"{name}: largest error {error.max():.3g}, plain PyTorch {other.max():.3g}"
-            rms, plain_rms = error.square().mean().sqrt(), other.square().mean().sqrt()
-            assert rms <= 2 * plain_rms + floor / 4, f"{name}: RMS error {rms:.3g}, plain PyTorch {plain_rms:.3g}"
 
 
 def test_against_the_brute_force():

@@ -13,6 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa_transformer.kernels.triton import common
+
 WARPGROUPS = gl.constexpr(3)
 ROWS = gl.constexpr(192)  # query rows of a tile: 64 for each warpgroup, the height of its products
 
@@ -23,23 +25,9 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]], layout)
 
 
-@gluon.jit
-def find_document(starts, num_docs, index):
-    """As `common.find_document`."""
-    low = 0
-    high = num_docs
-    while high - low > 1:
-        middle = (low + high) // 2
-        below = gl.load(starts + middle) <= index
-        low = gl.where(below, middle, low)
-        high = gl.where(below, high, middle)
-    return low
-
-
-@gluon.jit
-def keys_before(t, BLOCK: gl.constexpr, STRIDE: gl.constexpr):
-    """As `common.keys_before`."""
-    return gl.maximum(t + 1 - BLOCK + STRIDE, 0) // STRIDE
+# The same functions, compiled by Gluon: nothing in them names a layout.
+find_document = gluon.jit(common.find_document.fn)
+keys_before = gluon.jit(common.keys_before.fn)
 
 
 @gluon.jit
