@@ -24,10 +24,10 @@ from nsa_transformer.kernels.triton.hopper import (
 
 
 @gluon.jit
-def _produce_band(
+def produce_band(
     keys, values, k_tiles, v_tiles, full, empty, cu_q, key_starts, q_start, tiles, num_docs,
     HKV: gl.constexpr, G: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr,
-    N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     num_tiles = gl.load(tiles + num_docs)
     step = 0
@@ -36,10 +36,10 @@ def _produce_band(
         tile = num_tiles - 1 - item % num_tiles
         document = find_document(tiles, num_docs, tile)
         base = gl.load(key_starts + document)
-        row0 = (tile - gl.load(tiles + document)) * ROWS
+        row0 = (tile - gl.load(tiles + document)) * M
         queries = gl.load(cu_q + document + 1) - gl.load(cu_q + document)
         start = gl.load(q_start + document)
-        end = keys_before(start + gl.minimum((row0 + ROWS - 1) // G, queries - 1), BLOCK, STRIDE)
+        end = keys_before(start + gl.minimum((row0 + M - 1) // G, queries - 1), BLOCK, STRIDE)
         begin = 0
         if WINDOW > 0:
             begin = gl.maximum(start + row0 // G + 1 - WINDOW, 0)
@@ -50,7 +50,7 @@ def _produce_band(
 
 
 @gluon.jit
-def _pass(full, empty, step, until, STAGES: gl.constexpr):
+def pass_tiles(full, empty, step, until, STAGES: gl.constexpr):
     """Lets go of the tiles from `step` to `until` unread; each is waited for, or a stage could be let go twice for one tile."""
     for _ in range(step, until):
         mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
@@ -60,7 +60,7 @@ def _pass(full, empty, step, until, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _mask_band(s, at, column, low, high, earliest, latest, all_see, WINDOW: gl.constexpr, N: gl.constexpr):
+def mask_band(s, at, column, low, high, earliest, latest, all_see, WINDOW: gl.constexpr, N: gl.constexpr):
     edge = at + N > all_see
     if WINDOW > 0:
         edge = edge | (at < latest + 1 - WINDOW)
@@ -131,12 +131,12 @@ def _attend_band(
         if WINDOW > 0:
             first_step = gl.minimum(step + gl.maximum(earliest + 1 - WINDOW - begin, 0) // N, last_step)
         at = begin + (first_step - step) * N
-        step = _pass(full, empty, step, first_step, STAGES)
+        step = pass_tiles(full, empty, step, first_step, STAGES)
         if step < last_step:
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             s = warpgroup_mma_wait(0, deps=[start_scores(q_tile, k_tiles, stage, scores, M, N)])
-            s = _mask_band(s, at, column, low, high, earliest, latest, all_see, WINDOW, N)
+            s = mask_band(s, at, column, low, high, earliest, latest, all_see, WINDOW, N)
             top, shift, fade = _shift_band(s, top, scale, N, FOLDS, scores)
             p = gl.exp2(s * scale - gl.expand_dims(shift, 1))
             total = add_up(total, fade, p, FOLDS)
@@ -151,7 +151,7 @@ def _attend_band(
                 s = start_scores(q_tile, k_tiles, stage, scores, M, N)
                 acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s])
-                s = _mask_band(s, at, column, low, high, earliest, latest, all_see, WINDOW, N)
+                s = mask_band(s, at, column, low, high, earliest, latest, all_see, WINDOW, N)
                 top, shift, fade = _shift_band(s, top, scale, N, FOLDS, scores)
                 p = gl.exp2(s * scale - gl.expand_dims(shift, 1))
                 total = add_up(total, fade, p, FOLDS)
@@ -164,7 +164,7 @@ def _attend_band(
             acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_tiles.index(stage), acc, is_async=True)])
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-        step = _pass(full, empty, step, after, STAGES)
+        step = pass_tiles(full, empty, step, after, STAGES)
         inside = row < rows
         pair = (first + row // G).to(gl.int64) * HQ + head * G + row % G
         acc = finish(acc, top, gl.convert_layout(gl.sum(total, 1), by_row), lse, pair, inside, scale, outputs)
@@ -205,8 +205,8 @@ def banded_forward(
                             HQ, HKV, G, BLOCK, STRIDE, WINDOW, N, D, STAGES)),
             (_attend_band, (q, q_stride, q_head_stride, q_tiles, k_tiles, v_tiles, full, empty, out, lse, cu_q, q_start, tiles, num_docs, scale, 2,
                             HQ, HKV, G, BLOCK, STRIDE, WINDOW, N, D, STAGES)),
-            (_produce_band, (keys, values, k_tiles, v_tiles, full, empty, cu_q, key_starts, q_start, tiles, num_docs,
-                             HKV, G, BLOCK, STRIDE, WINDOW, N, D, STAGES)),
+            (produce_band, (keys, values, k_tiles, v_tiles, full, empty, cu_q, key_starts, q_start, tiles, num_docs,
+                             HKV, G, BLOCK, STRIDE, WINDOW, N, D, STAGES, ROWS)),
         ],
         [4, 4, 1],
         [160, 160, 24],

@@ -23,7 +23,7 @@ from nsa_transformer.kernels.triton.hopper import (
 
 
 @gluon.jit
-def _produce_selected(
+def produce_selected(
     keys, values, k_tiles, v_tiles, full, empty, positions, members, union, who, counts, cu_k, tiles, num_docs,
     HKV: gl.constexpr, L: gl.constexpr, SELECT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -56,17 +56,17 @@ def _produce_selected(
 
 
 @gluon.jit
-def _read(numbers, stage):
+def read_number(numbers, stage):
     return gl.max(numbers.index(stage).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
-def _next_seen(full, empty, members, step, until, low_bit, bits, STAGES: gl.constexpr):
+def next_seen(full, empty, members, step, until, low_bit, bits, STAGES: gl.constexpr):
     """The first tile from `step` on that a token of this warpgroup chose, or `until`; lets go of those before it."""
     chosen = 0
     while (step < until) & (chosen == 0):
         mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
-        chosen = ((_read(members, step % STAGES) >> low_bit) & bits).to(gl.int32)
+        chosen = ((read_number(members, step % STAGES) >> low_bit) & bits).to(gl.int32)
         if chosen == 0:
             mbarrier.arrive(empty.index(step % STAGES), count=1)
             step += 1
@@ -127,12 +127,12 @@ def _attend_selected(
         top = gl.full([M], float("-inf"), gl.float32, by_row)
         total = fold(gl.zeros([M, N], gl.float32, scores), FOLDS)
         acc = gl.zeros([M, D], gl.float32, outputs)
-        step = _next_seen(full, empty, members, step, until, low_bit, bits, STAGES)
+        step = next_seen(full, empty, members, step, until, low_bit, bits, STAGES)
         while step < until:
             stage = step % STAGES
             s = warpgroup_mma_wait(0, deps=[start_scores(q_tile, k_tiles, stage, scores, M, N)])
             s, top, shift, fade = _shift_selected(
-                s, top, _read(positions, stage), _read(members, stage), bit, inside, column, t, earliest, scale, N, FOLDS, scores
+                s, top, read_number(positions, stage), read_number(members, stage), bit, inside, column, t, earliest, scale, N, FOLDS, scores
             )
             p = gl.exp2(s * scale - gl.expand_dims(shift, 1))
             total = add_up(total, fade, p, FOLDS)
@@ -140,34 +140,34 @@ def _attend_selected(
             acc = scale_rows(acc, fade, outputs)
             # It looks no farther ahead than the producer can be while the stages in use are held.
             reach = gl.minimum(until, step + STAGES)
-            step = _next_seen(full, empty, members, step + 1, reach, low_bit, bits, STAGES)
+            step = next_seen(full, empty, members, step + 1, reach, low_bit, bits, STAGES)
             while step < reach:
                 before = stage
                 stage = step % STAGES
                 # The next scores and this tile's sum are under way together; the softmax of the former runs beside the latter.
                 s = start_scores(q_tile, k_tiles, stage, scores, M, N)
                 acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
-                position = _read(positions, stage)
-                member = _read(members, stage)
+                position = read_number(positions, stage)
+                member = read_number(members, stage)
                 s = warpgroup_mma_wait(1, deps=[s])
                 s, top, shift, fade = _shift_selected(s, top, position, member, bit, inside, column, t, earliest, scale, N, FOLDS, scores)
                 p = gl.exp2(s * scale - gl.expand_dims(shift, 1))
                 total = add_up(total, fade, p, FOLDS)
                 p = left_operand(p, v_tiles.dtype, outputs)
                 # Looking for the next tile here also keeps the assembler from moving the softmax behind the wait.
-                following = _next_seen(full, empty, members, step + 1, reach, low_bit, bits, STAGES)
+                following = next_seen(full, empty, members, step + 1, reach, low_bit, bits, STAGES)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(empty.index(before), count=1)
                 acc = scale_rows(acc, fade, outputs)
                 if following == reach:
                     reach = gl.minimum(until, step + STAGES)
-                    following = _next_seen(full, empty, members, following, reach, low_bit, bits, STAGES)
+                    following = next_seen(full, empty, members, following, reach, low_bit, bits, STAGES)
                 else:
                     reach = gl.minimum(until, step + STAGES)
                 step = following
             acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_tiles.index(stage), acc, is_async=True)])
             mbarrier.arrive(empty.index(stage), count=1)
-            step = _next_seen(full, empty, members, step, until, low_bit, bits, STAGES)
+            step = next_seen(full, empty, members, step, until, low_bit, bits, STAGES)
         pair = (first + row // G).to(gl.int64) * HQ + head * G + row % G
         acc = finish(acc, top, gl.convert_layout(gl.sum(total, 1), by_row), lse, pair, inside, scale, outputs)
 
@@ -219,7 +219,7 @@ def selected_forward(
             (_attend_selected, (q, q_stride, q_head_stride, q_tiles, k_tiles, v_tiles, full, empty, positions, members, counts, gates,
                                 out_compressed, out_window, out_selected, out, lse, cu_q, q_start, tiles, num_docs, scale, 2,
                                 HQ, HKV, G, SELECT, N, D, STAGES, SAVE)),
-            (_produce_selected, (keys, values, k_tiles, v_tiles, full, empty, positions, members, union, who, counts, cu_k, tiles, num_docs,
+            (produce_selected, (keys, values, k_tiles, v_tiles, full, empty, positions, members, union, who, counts, cu_k, tiles, num_docs,
                                  HKV, L, SELECT, N, D, STAGES)),
         ],
         [4, 4, 1],
