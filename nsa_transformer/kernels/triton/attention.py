@@ -12,7 +12,17 @@ import triton
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels.triton import hopper, hopper_banded, hopper_banded_kv, hopper_grad_kv, hopper_selected, hopper_selected_kv, lists
+from nsa_transformer.kernels.triton import (
+    hopper,
+    hopper_banded,
+    hopper_banded_kv,
+    hopper_banded_q,
+    hopper_grad_kv,
+    hopper_selected,
+    hopper_selected_kv,
+    hopper_selected_q,
+    lists,
+)
 from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
 from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width, token_descriptors
 from nsa_transformer.kernels.triton.gates import gate_gradients
@@ -258,9 +268,16 @@ def backward(
 def band_grad_q(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor) -> None:
     tile = pack.tiles.band_q
     pair, starts = (pack.window, pack.cu_k) if name == "window" else (pack.compressed, pack.plan.compressed)
-    banded_grad_q[(pack.row_tiles(tile.rows), pack.hkv)](
-        *pack.query(), *_keys_values(pair, tile.keys), grad_out, lse, delta, pack.gates, grad_q, pack.cu_q, starts, pack.q_start,
-        pack.plan.rows_band_q, pack.num_docs, pack.log_scale, pack.scale,
+    tiles = pack.row_tiles(tile.rows)
+    documents = (pack.cu_q, starts, pack.q_start, pack.plan.rows_band_q, pack.num_docs, pack.log_scale, pack.scale)
+    if tile.gluon:
+        hopper_banded_q.banded_grad_q[(min(tiles * pack.hkv, _programs(pack.q.device)),)](
+            *pack.query(), *(hopper.descriptor(x, tile.keys) for x in pair), grad_out, lse, delta, pack.gates, grad_q, *documents,
+            **pack.heads(), HKV=pack.hkv, **pack.band(name), N=tile.keys, D=pack.q.shape[2], **_launch(tile),
+        )  # fmt: skip
+        return
+    banded_grad_q[(tiles, pack.hkv)](
+        *pack.query(), *_keys_values(pair, tile.keys), grad_out, lse, delta, pack.gates, grad_q, *documents,
         **pack.heads(), **pack.band(name), M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
     )  # fmt: skip
 
@@ -315,11 +332,15 @@ def selected_dq(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delt
     config, tile = pack.config, pack.tiles.selected_q
     max_tiles = pack.row_tiles(tile.rows)
     union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected_q, max_tiles, pack.group, tile.rows, config.select_block)
-    selected_grad_q[(max_tiles, pack.hkv)](
-        *pack.query(), *_keys_values(pack.selected, tile.keys), union.blocks, union.members, union.counts, grad_out, lse, delta, pack.gates, grad_q,
-        pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected_q, pack.num_docs, pack.log_scale, pack.scale,
-        **pack.heads(), HKV=pack.hkv, L=union.length, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
-    )  # fmt: skip
+    chosen = (union.blocks, union.members, union.counts, grad_out, lse, delta, pack.gates, grad_q)
+    documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected_q, pack.num_docs, pack.log_scale, pack.scale)
+    shared = {**pack.heads(), "HKV": pack.hkv, "L": union.length, "SELECT": config.select_block, "N": tile.keys, **_launch(tile)}
+    if tile.gluon:
+        hopper_selected_q.selected_grad_q[(min(max_tiles * pack.hkv, _programs(pack.q.device)),)](
+            *pack.query(), *(hopper.descriptor(x, tile.keys) for x in pack.selected), *chosen, *documents, **shared, D=pack.q.shape[2]
+        )
+        return
+    selected_grad_q[(max_tiles, pack.hkv)](*pack.query(), *_keys_values(pack.selected, tile.keys), *chosen, *documents, **shared, M=tile.rows, **pack.widths())
 
 
 def _segment(entries: int, device: torch.device) -> int:
