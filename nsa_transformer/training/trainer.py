@@ -20,6 +20,7 @@ from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
 from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
 from nsa_transformer.distributed.world import World, open_world
+from nsa_transformer.kernels.dispatch import choose_backend
 from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
 from nsa_transformer.training.console import Console
 from nsa_transformer.training.evaluate import Evaluation, evaluate
@@ -326,12 +327,22 @@ def _announce(config: Config, world: World, console: Console) -> None:
     total, active = count_parameters(config.model)
     ranks = f" × {world.size} ranks" if world.size > 1 else ""
     size = f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active for a token"
-    console.info(f"{size}; {config.model.attention} attention; {device_name(world.device)}{ranks}")
+    console.info(f"{size}; {config.model.attention} attention{_backend(config, world.device)}; {device_name(world.device)}{ranks}")
     if world.device.type == "cpu":
         tokens = config.training.max_steps * config.training.batch_size * config.data.max_length
         hours = tokens * 6 * active / (world.size * CPU_FLOPS) / 3600
         if hours > 1:
             console.warning(f"no GPU: at a typical {CPU_FLOPS / 1e9:.0f} GFLOP/s this run takes about {hours:,.0f} hours; model=tiny takes minutes")
+
+
+def _backend(config: Config, device: torch.device) -> str:
+    """` (triton)` or ` (reference)`: what sparse attention will run on."""
+    model = config.model
+    if model.attention != "nsa":
+        return ""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    q, v = (torch.empty(0, model.num_heads, width, dtype=dtype, device=device) for width in (model.head_dim, model.value_dim))
+    return f" ({choose_backend('auto', q, v, model.nsa)})"
 
 
 CPU_FLOPS = 50e9  # what two cores reach on these matrices; only for the warning above
