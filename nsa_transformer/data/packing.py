@@ -12,6 +12,7 @@ __all__ = ["CUTS", "WASTE", "PackPlan", "most_fragments", "plan_packs"]
 
 WASTE = 512  # a document is cut to fill a pack where more than 1 / WASTE of all packs so far would stay empty without it
 CUTS = 20  # as long as such cuts add at most 1 / CUTS to the fragments
+_CUT_ENDS = 8  # fragments of cut documents in one pack, beside the whole ones
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class PackPlan:
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][packs] - offsets[:-1], sizes)
         return PackPlan(self.document[index], self.start[index], self.length[index], offsets)
 
+    def mean_lengths(self) -> np.ndarray:
+        """For each pack, float64 [num_packs]: tokens of the fragment that a token of the pack lies in, on average."""
+        begins = self.offsets[:-1]
+        return np.add.reduceat(self.length.astype(np.float64) ** 2, begins) / np.add.reduceat(self.length, begins)
+
     def fragments(self, pack: int) -> list[tuple[int, int, int]]:
         """(document, start, length) of each fragment of a pack, in the order they lie in it."""
         part = slice(int(self.offsets[pack]), int(self.offsets[pack + 1]))
@@ -47,7 +53,7 @@ def most_fragments(lengths: np.ndarray, max_length: int) -> int:
     """Fragments that `plan_packs` puts into a pack at most: the same whatever the order, so that what is compiled for a number of them lasts."""
     rest = np.sort(np.asarray(lengths, dtype=np.int64) % max_length)
     rest = rest[rest > 0][:max_length]
-    return 1 + int(np.searchsorted(np.cumsum(rest), max_length, side="right"))  # as many whole remainders as fit, and the start of one more
+    return _CUT_ENDS + int(np.searchsorted(np.cumsum(rest), max_length, side="right"))  # as many whole remainders as fit
 
 
 def plan_packs(lengths: np.ndarray, max_length: int, order: np.ndarray, buffer: int) -> PackPlan:
