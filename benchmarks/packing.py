@@ -126,38 +126,58 @@ def render(results: dict[str, Any], picture: str | None) -> str:
         f"# Packing, {facts['date']}",
         f"Machine: one core of {facts['cpu']}; Python {facts['python']}, torch {facts['torch']}, NumPy {facts['numpy']}, tokenizers {facts['tokenizers']}, "
         f"datasets {facts['datasets'] or 'not installed'}, pyarrow {facts['pyarrow']}. Commit {facts['commit']}.\nCommand: `{facts['command']}`",
-        f"One epoch of all documents of a corpus, a file each, tokenised with a byte-level BPE of at most {results['vocab_size']:,} tokens trained on it. "
-        "*Utilisation*: tokens of documents over tokens of packs; *of the most*: the utilisation of the fewest packs that hold all tokens, below 100 % for the "
-        "last pack alone. *Fragments*: over the sum of ceil(length / tokens per pack), the fewest there can be; below 1 where tokens are dropped. *Cut*: documents "
-        "that fit a pack and were cut all the same. *Planning*: choosing what lies in which pack, for the whole epoch; `Dataset.map` for group_texts. *Tokens/s*: making packs "
-        "(tokens, targets, boundaries) from the memory-mapped cache in an order at random; *with planning*: the time of planning spread over the epoch.",
-        f"Promised, at every length: utilisation ≥ {UTILISATION:.1%}, fragments ≤ {FRAGMENTS} ×, no token dropped. " + verdict(results),
-        f"Documents come in an order at random, for Hugging Face's ways in the order of their files (shuffling makes them slower). *{PADDED}*: rows of at most "
-        f"max_length tokens, {packers.HF_BATCH} to a batch, padded to the longest; packs are rows there. *{GROUPED}*: concatenation within {packers.HF_MAP_BATCH:,} "
-        "documents, as in the language modelling examples, without boundaries between documents. "
-        f"*{CONCATENATE}* and *{FIRST_FIT}* make their packs with this project's code.",
+        f"Promised, at every length: utilisation ≥ {UTILISATION:.1%}, fragments ≤ {FRAGMENTS} ×, no token dropped. {verdict(results)}",
+        f"One epoch of all documents of a corpus, a file each, tokenised with a byte-level BPE of at most {results['vocab_size']:,} tokens trained on it.",
+        EXPLAINED,
+        million_line(results["million"]),
     ]
     if picture:
-        text.append(f"![Padding against extra fragments, by length]({picture})")
+        text.append(f"![Padding against extra fragments, by length]({picture})\n\nA point for each corpus; what is promised lies in the shaded corner.")
     for corpus in results["corpora"]:
         text.append(
             f"## {corpus['name']}\n\n{corpus['bytes'] / 1e6:.1f} MB, {corpus['documents']:,} documents, {corpus['tokens'] / 1e6:.2f} M tokens; "
             f"document lengths, 10th, 50th, 90th percentile and longest: {', '.join(f'{n:,}' for n in corpus['percentiles'])}."
         )
-        head = ["tokens per pack", "way", "packs", "utilisation", "of the most", "dropped", "fragments", "cut", "planning", "tokens/s", "with planning"]
+        head = ["tokens per pack", "way", "packs", "fewest", "utilisation", "dropped", "fragments", "cut", "planning", "tokens/s", "with planning"]
         text.append(markdown_table(head, [cells(row, corpus) for row in results["rows"] if row["corpus"] == corpus["name"]]))
     return "\n\n".join(text) + "\n"
 
 
+EXPLAINED = f"""- *Packs*, *fewest*: packs there are, and the fewest that hold all tokens. An epoch's last pack is not full, and may be nearly empty:
+  an epoch of fewer than {1 / (1 - UTILISATION):.0f} packs can fall short of {UTILISATION:.1%} however it is packed.
+- *Utilisation*: tokens of documents over tokens of packs.
+- *Fragments*: over the sum of ceil(length / tokens per pack), the fewest there can be; below 1 where tokens are dropped. *Cut*: documents
+  that would have fitted a pack whole.
+- *Planning*: choosing what lies in which pack, for the whole epoch; `Dataset.map` for group_texts. *Tokens/s*: making packs (tokens, targets, boundaries) from
+  the memory-mapped cache, already in memory, in an order at random. *With planning*: its time spread over the epoch.
+- *{CONCATENATE}* and *{FIRST_FIT}* have their packs made by this project's code. Documents come in an order at random, for Hugging Face's ways in the order of
+  their files (shuffling slows those down).
+- *{PADDED}*: a row per document, cut off at the length of a pack, {packers.HF_BATCH} to a batch, padded to the longest of the batch; packs are rows there.
+- *{GROUPED}*: concatenation within {packers.HF_MAP_BATCH:,} documents, as in the language modelling examples; no boundaries between documents."""
+
+
+def million_line(rows: list[Row]) -> str:
+    seconds = ", ".join(f"{row['seconds']:.1f} s at {length_name(row['length'])}" for row in rows)
+    return f"Planning 1,000,000 documents with log-normal lengths (median 403 tokens, mean 1.2 k), buffer {DataConfig().pack_buffer}: {seconds}."
+
+
+def plan_million(max_length: int) -> Row:
+    rng = np.random.default_rng(0)
+    lengths = np.maximum(1, rng.lognormal(6, 1.5, 1_000_000)).astype(np.int64)
+    order = rng.permutation(len(lengths))
+    began = time.perf_counter()
+    plan_packs(lengths, max_length, order, DataConfig().pack_buffer)
+    return {"length": max_length, "seconds": time.perf_counter() - began}
+
+
 def cells(row: Row, corpus: Row) -> list[str]:
-    most = row["most"]
     whole = corpus["tokens"] / (corpus["tokens"] / row["tokens_per_second"] + row["plan_seconds"])
     return [
         length_name(row["length"]),
         row["way"],
         f"{row['packs']:,}",
+        f"{-(-corpus['tokens'] // row['length']):,}",
         f"{row['utilisation']:.2%}",
-        "–" if row["dropped"] else f"{row['utilisation'] / most:.2%} of {most:.2%}",
         f"{row['dropped']:,}",
         f"{row['fragments'] / row['least']:.3f} ×",
         "–" if row["cut_short"] is None else f"{row['cut_short']:,}",
@@ -175,14 +195,14 @@ def verdict(results: dict[str, Any]) -> str:
     """Which rows of the default buffer keep the promise."""
     default = best_fit(DataConfig().pack_buffer)
     rows = [row for row in results["rows"] if row["way"] == default]
+    if not rows:
+        return "The default buffer was not measured."
     missed = [
-        f"{row['corpus']} at {length_name(row['length'])} ({row['utilisation']:.2%} of at most {row['most']:.2%})" for row in rows if not kept_promise(row)
+        f"{row['corpus']} at {length_name(row['length'])} ({row['utilisation']:.2%}, where {row['most']:.2%} is the most there can be)"
+        for row in rows
+        if not kept_promise(row)
     ]
-    return (
-        f"The default, *{default}*, keeps it in {len(rows) - len(missed)} of {len(rows)} cases{'; not on ' + ', '.join(missed) if missed else ''}."
-        if rows
-        else ""
-    )
+    return f"The default, *{default}*, keeps it in {len(rows) - len(missed)} of {len(rows)} cases{'; not for ' + ', '.join(missed) if missed else ''}."
 
 
 def draw(results: dict[str, Any], path: Path) -> bool:
@@ -199,9 +219,8 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     for number, length in enumerate(lengths, 1):
         axes = figure.add_subplot(1, len(lengths), number, sharex=shared, sharey=shared)
         shared = shared or axes
-        axes.axhspan(0, (1 - UTILISATION) * 100, xmax=1, color="#0072B2", alpha=0.07, linewidth=0)
-        axes.axvline((FRAGMENTS - 1) * 100, color="#6E6E6E", linewidth=1, linestyle=":")
-        axes.axhline((1 - UTILISATION) * 100, color="#6E6E6E", linewidth=1, linestyle=":")
+        right, top = (FRAGMENTS - 1) * 100, (1 - UTILISATION) * 100
+        axes.fill([-2, right, right, -2], [0, 0, top, top], color="#0072B2", alpha=0.1, linewidth=0)
         for way, (colour, marker) in styles.items():
             rows = [row for row in results["rows"] if row["length"] == length and row["way"] == way]
             x = [(row["fragments"] / row["least"] - 1) * 100 for row in rows]
@@ -213,7 +232,8 @@ def draw(results: dict[str, Any], path: Path) -> bool:
         axes.set_axisbelow(True)
     figure.axes[0].set_yscale("symlog", linthresh=0.1)
     figure.axes[0].set_yticks([0, 0.1, 0.5, 1, 2, 5, 10], ["0", "0.1", "0.5", "1", "2", "5", "10"])
-    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].set_ylim(bottom=-0.005)
+    figure.axes[0].set_xlim(left=-1.5)
     figure.axes[0].set_ylabel("padding, % of all tokens")
     figure.axes[-1].legend(frameon=False, fontsize=9, loc="upper right")
     figure.savefig(path, dpi=120)
@@ -249,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    results["million"] = [plan_million(length) for length in lengths]
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"packing_{results['facts']['date']}.json"
     record.save(path, results)
