@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import Config, ConfigError, to_dict, unsupported_options
-from nsa_transformer.data.loader import TextData, merge_packs, open_data
+from nsa_transformer.data.loader import TextData, merge_packs, open_data, packs_of_step
 from nsa_transformer.data.pack import IGNORE, Pack
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
@@ -197,14 +197,9 @@ class Trainer:
         self.console.warning(f"{what}; this update was skipped")
 
     def _packs_of_step(self, world: World) -> list[Pack]:
-        """This rank's packs: the global sequence, cut by pass and then by rank."""
-        config, first = self.config.training, self.progress.next_pack
-        micro = config.micro_batch_size
-        return [
-            self.data.train.pack(first + start + world.rank * micro + offset)
-            for start in range(0, config.batch_size, micro * world.size)
-            for offset in range(micro)
-        ]
+        config = self.config.training
+        numbers = packs_of_step(self.progress.next_pack, config.batch_size, config.micro_batch_size, world.rank, world.size)
+        return [self.data.train.pack(number) for number in numbers]
 
     def _evaluate(self) -> Evaluation:
         self.doing = "validating"
