@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right, insort
 from dataclasses import dataclass
 from functools import partial
@@ -117,15 +118,11 @@ def _best_fit(full: np.ndarray, rest: np.ndarray, buffer: int, max_length: int, 
     """Pack the remainders `rest` (tokens, 0 for none) of documents that also have `full` packs, in order of arrival."""
     places = np.flatnonzero(rest)
     count = len(places)
-    full_before = np.cumsum(full)[places].tolist()
+    full_before = array("q", np.cumsum(full)[places].tobytes())  # as fast as lists, and smaller
     cuts_left = (int(full.sum()) + count) // CUTS
     # A piece is one number that sorts by length, and among equals puts the earliest arrival last, where bisection finds it.
-    keys = (rest[places] * count + (count - 1 - np.arange(count))).tolist()
-    packed: list[int] = []
-    lengths: list[int] = []
-    starts: list[int] = []
-    sizes: list[int] = []
-    closed_after: list[int] = []
+    keys = array("q", (rest[places] * count + (count - 1 - np.arange(count))).tobytes())
+    packed, lengths, starts, sizes, closed_after = (array("q") for _ in range(5))
     begun: dict[int, int] = {}  # tokens of cut pieces that lie in packs already
     ready = sorted(keys[:buffer])
     arrived = min(buffer, count)
@@ -159,4 +156,4 @@ def _best_fit(full: np.ndarray, rest: np.ndarray, buffer: int, max_length: int, 
         sizes.append(len(packed) - begin)
         closed_after.append(arrived - 1)
     as_array = partial(np.array, dtype=np.int64)
-    return _Shared(places[packed], as_array(starts), as_array(lengths), as_array(sizes), places[closed_after])
+    return _Shared(places[as_array(packed)], as_array(starts), as_array(lengths), as_array(sizes), places[as_array(closed_after)])
