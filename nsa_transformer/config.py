@@ -339,11 +339,15 @@ class DataConfig:
     tokenizer: str | None = doc(
         "A tokenizer.json, or a folder or run that has one. null: a byte-level BPE of model.vocab_size tokens is trained on path and cached.", None
     )
-    pack_buffer: int = doc("Documents among which best-fit packing chooses.", 256)
+    pack_buffer: int = doc("Documents among which best-fit packing chooses.", 4096)
+    length_curriculum: int = doc(
+        "Packs at the start of the first epoch that come sorted, those of short documents first: the same packs, in that order. 0: none.", 0
+    )
     cache_dir: str | None = doc("Where tokenizers and tokenised corpora are cached. null: $XDG_CACHE_HOME/nsa-transformer or ~/.cache/nsa-transformer.", None)
 
     def __post_init__(self) -> None:
         _positive(self, "max_length", "pack_buffer")
+        _not_negative(self, "length_curriculum")
         _need(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must lie between 0 and 1")
 
 

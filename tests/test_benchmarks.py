@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import sys
@@ -20,7 +21,10 @@ import benchmarks.attention as attention
 from benchmarks import counts, gate, page, record, recorded_selections, shapes, timing, train_step
 from benchmarks.selections import make_blocks, mean_union
 from nsa_transformer.config import NSAConfig, build_config
+from nsa_transformer.distributed.world import World
 from nsa_transformer.kernels import nsa_attention
+from nsa_transformer.training import trainer
+from nsa_transformer.training.console import Console
 
 SMALL = NSAConfig(8, 4, 16, 6, 1, 2, 24)
 HEADS = shapes.Heads(4, 2, 16, 24)
@@ -294,11 +298,21 @@ def test_the_trainer_takes_the_command(tmp_path: Path) -> None:
     assert (config.data.max_length, config.memory.activation_checkpointing, config.training.checkpoint_every) == (65536, "selective", 0)
 
 
-def test_the_corpus_is_of_long_documents(tmp_path: Path) -> None:
-    train_step.write_corpus(tmp_path, size=50_000, most=4)
+def test_the_corpus_is_one_long_document(tmp_path: Path) -> None:
+    train_step.write_corpus(tmp_path, size=200_000)
     files = [file.relative_to(tmp_path).as_posix() for file in sorted(tmp_path.rglob("*.txt"))]
-    assert files == ["train/00.txt", "train/01.txt", "train/02.txt", "validation/03.txt"]
-    assert all(len(file.read_text()) >= 50_000 for file in tmp_path.rglob("*.txt"))
+    assert files == ["train/text.txt", "validation/text.txt"]
+    assert len((tmp_path / "train/text.txt").read_text()) >= 200_000 and len((tmp_path / "validation/text.txt").read_text()) >= 12_500
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("nsa", "reference"), ("dense", None), ("window", None)])
+def test_what_the_trainer_says_of_itself_is_understood(kind: str, backend: str | None) -> None:
+    said = io.StringIO()
+    config = build_config({"model": {"attention": kind}})
+    trainer._announce(config, World(0, 1, torch.device("cpu"), None), Console(stdout=said, stderr=io.StringIO()))
+    parameters, found = train_step.announced(f"something else\n{said.getvalue()}more")
+    assert found == backend and parameters > 1e8
+    assert train_step.announced("error: no") == (0.0, None)
 
 
 TRAINER = """
@@ -323,28 +337,58 @@ time.sleep(60)
 def test_a_run_ends_with_its_steps_or_its_error(tmp_path: Path, steps: str, says: str, problem: str) -> None:
     began = time.monotonic()
     arguments = [sys.executable, "-c", TRAINER, str(tmp_path / "run"), steps, says]
-    rows, said = train_step.run_steps(arguments, tmp_path / "run", 5, patience=1.0 if steps == "0" else 20.0)
-    assert len(rows) == min(int(steps), 5) and said.startswith(problem) and bool(said) == bool(problem)
-    assert time.monotonic() - began < 20
+    ran = train_step.run_steps(arguments, tmp_path / "run", 5, patience=1.0 if steps == "0" else 20.0)
+    assert len(ran.rows) == min(int(steps), 5) and ran.problem.startswith(problem) and bool(ran.problem) == bool(problem)
+    assert (ran.first_step is None) == (steps == "0") and time.monotonic() - began < 20
 
 
-def test_checkpointing_is_turned_up_until_it_fits(tmp_path: Path, facts: dict[str, Any]) -> None:
+def test_a_run_ends_with_the_time(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", TRAINER, str(tmp_path / "run"), "6", ""]
+    ran = train_step.run_steps(arguments, tmp_path / "run", 8, patience=60.0, deadline=time.monotonic() + 3)
+    assert ran.problem == train_step.OUT_OF_TIME and len(ran.rows) == 6
+    (row,) = train_step.measure(8192, "nsa", train_step.MODES, 8, lambda mode, run_dir: ran, train_step.Memory(1e11))
+    assert row["tokens_per_second"] == 10.0 and row["steps"] == 3 and row["problem"]
+
+
+def test_checkpointing_is_turned_up_until_it_fits(facts: dict[str, Any]) -> None:
     tried = []
 
-    def runner(mode: str, run_dir: Path) -> tuple[list[dict[str, Any]], str]:
+    def runner(mode: str, run_dir: Path) -> train_step.Ran:
         tried.append(mode)
-        return ([], "out of memory while x | y") if mode == "none" else (metrics_rows(8), "")
+        return train_step.Ran([], "out of memory while x | y") if mode == "none" else train_step.Ran(metrics_rows(8), backend="triton")
 
-    sparse = train_step.measure(65536, "nsa", train_step.MODES, 8, runner)
+    def rows(length: int, attention: str, modes: list[str], runner: train_step.Runner) -> list[dict[str, Any]]:
+        return list(train_step.measure(length, attention, modes, 8, runner, memory))
+
+    memory, modes = train_step.Memory(100 * 2**30), list(train_step.MODES)
+    sparse = rows(65536, "nsa", modes, runner)
     assert tried == ["none", "selective"] and [row["checkpointing"] for row in sparse] == tried
     assert sparse[1]["tokens_per_second"] == 105.0 and sparse[1]["peak_gib"] == 9.0 and sparse[1]["steps"] == 5
-    dense = train_step.measure(65536, "dense", ["full"], 8, lambda mode, run_dir: (metrics_rows(8, 48.0), ""))
-    broken = train_step.measure(8192, "dense", train_step.MODES, 8, lambda mode, run_dir: ([], "no such thing"))
+    dense = rows(65536, "dense", ["full"], lambda mode, run_dir: train_step.Ran(metrics_rows(8, 48.0)))
+    broken = rows(8192, "dense", modes, lambda mode, run_dir: train_step.Ran(metrics_rows(7), "no such thing"))
     assert len(broken) == 1
+    longer = rows(131072, "nsa", modes, runner)
+    assert tried == ["none", "selective", "selective"] and longer[0]["problem"] == "not tried: shorter packs did not fit"
     results = {"facts": facts, "steps": 8, "corpus": "text", "settings": "model=large", "rows": [*sparse, *dense, *broken]}
     text = train_step.render(results)
     assert "| 64k | nsa | none | – | – | – | – | out of memory while x / y |" in text
-    assert "| 64k | nsa | selective | 0.10 k | 1.98 | – | 9.0 |" in text and "| 8k | dense | none |" in text
+    assert "| 64k | nsa (triton) | selective | 0.10 k | 1.98 | – | 9.0 |" in text and "| 8k | dense | none |" in text
+
+
+def test_what_cannot_fit_is_not_tried() -> None:
+    memory = train_step.Memory(140 * 2**30)
+
+    def note(length: int, gib: float) -> None:
+        memory.note(length, "nsa", "none", train_step.Ran([{"max_memory_gib": gib}], parameters=2**30))
+
+    assert memory.expected(65536, "nsa", "none") == 0.0
+    note(8192, 30.0)
+    assert memory.expected(32768, "nsa", "none") == 18 + 4 * 12  # what the weights take does not grow
+    note(32768, 90.0)
+    assert memory.expected(65536, "nsa", "none") == 30 + 60 * 7 / 3
+    assert memory.expected(65536, "nsa", "selective") == memory.expected(65536, "dense", "none") == 0.0
+    (first, second) = train_step.measure(65536, "nsa", ["none", "full"], 1, lambda mode, run_dir: train_step.Ran([], "broken"), memory)
+    assert first["problem"] == "not tried: by shorter packs it would take 170 GiB of 140" and second["problem"] == "broken"
 
 
 def test_training_steps_need_a_gpu_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -480,5 +480,5 @@ def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path) -> None:
         assert Trainer(small_config(tmp_path / name, f"training.compile={compiled}")).train() == 0
         losses.append([row["loss"] for row in steady_rows(tmp_path / name / "run") if "loss" in row])
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -18,7 +18,7 @@ class Pack:
 
     tokens      int64 [T]
     targets     int64 [T], the next token of the same document; `IGNORE` where there is no loss
-    cu_seqlens  int32 [num_docs + 1], starts at 0, ends at T; may be padded to a fixed size by repeating T
+    cu_seqlens  int32 [num_docs + 1], starts at 0, ends at T; a stream pads it to one size for all packs by repeating T
     valid       bool [T], True for tokens of documents, False in the padding documents that fill a pack up
     """
 

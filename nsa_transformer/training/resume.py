@@ -11,7 +11,10 @@ from nsa_transformer.distributed.checkpoint import CONFIG, find_damage, list_che
 
 GROUPS = ("model", "training", "memory", "data", "logging")
 # What a continued run cannot change, since its weights, moments or place in the data depend on it.
-FIXED = ("data.max_length", "data.pack_buffer", "data.path", "data.val_path", "data.val_fraction", "data.text_column", "training.seed")
+FIXED = (
+    *("data.max_length", "data.pack_buffer", "data.length_curriculum", "data.path", "data.val_path", "data.val_fraction", "data.text_column"),
+    "training.seed",
+)
 
 
 def continued_config(composed: Config | Mapping[str, Any], overrides: Sequence[str]) -> Config:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import Config, ConfigError, to_dict, unsupported_options
-from nsa_transformer.data.loader import TextData, merge_packs, open_data
+from nsa_transformer.data.loader import TextData, merge_packs, open_data, packs_of_step
 from nsa_transformer.data.pack import IGNORE, Pack
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
 from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
 from nsa_transformer.distributed.world import World, open_world
+from nsa_transformer.kernels.dispatch import choose_backend
 from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
 from nsa_transformer.training.console import Console
 from nsa_transformer.training.evaluate import Evaluation, evaluate
@@ -196,14 +197,9 @@ class Trainer:
         self.console.warning(f"{what}; this update was skipped")
 
     def _packs_of_step(self, world: World) -> list[Pack]:
-        """This rank's packs: the global sequence, cut by pass and then by rank."""
-        config, first = self.config.training, self.progress.next_pack
-        micro = config.micro_batch_size
-        return [
-            self.data.train.pack(first + start + world.rank * micro + offset)
-            for start in range(0, config.batch_size, micro * world.size)
-            for offset in range(micro)
-        ]
+        config = self.config.training
+        numbers = packs_of_step(self.progress.next_pack, config.batch_size, config.micro_batch_size, world.rank, world.size)
+        return [self.data.train.pack(number) for number in numbers]
 
     def _evaluate(self) -> Evaluation:
         self.doing = "validating"
@@ -326,12 +322,22 @@ def _announce(config: Config, world: World, console: Console) -> None:
     total, active = count_parameters(config.model)
     ranks = f" × {world.size} ranks" if world.size > 1 else ""
     size = f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active for a token"
-    console.info(f"{size}; {config.model.attention} attention; {device_name(world.device)}{ranks}")
+    console.info(f"{size}; {config.model.attention} attention{_backend(config, world.device)}; {device_name(world.device)}{ranks}")
     if world.device.type == "cpu":
         tokens = config.training.max_steps * config.training.batch_size * config.data.max_length
         hours = tokens * 6 * active / (world.size * CPU_FLOPS) / 3600
         if hours > 1:
             console.warning(f"no GPU: at a typical {CPU_FLOPS / 1e9:.0f} GFLOP/s this run takes about {hours:,.0f} hours; model=tiny takes minutes")
+
+
+def _backend(config: Config, device: torch.device) -> str:
+    """` (triton)` or ` (reference)`: what sparse attention will run on."""
+    model = config.model
+    if model.attention != "nsa":
+        return ""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    q, v = (torch.empty(0, model.num_heads, width, dtype=dtype, device=device) for width in (model.head_dim, model.value_dim))
+    return f" ({choose_backend('auto', q, v, model.nsa)})"
 
 
 CPU_FLOPS = 50e9  # what two cores reach on these matrices; only for the warning above

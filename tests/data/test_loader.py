@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.utils.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_transformer.config import DataConfig
 from nsa_transformer.data.corpus import Split
-from nsa_transformer.data.loader import PackStream, open_data
+from nsa_transformer.data.loader import PackStream, open_data, packs_of_step
 from nsa_transformer.data.pack import IGNORE, Pack, merge_packs
 
 EOD = 0
@@ -26,23 +27,32 @@ def make_split(lengths: list[int], documents: list[int] | None = None) -> Split:
     return Split(np.arange(1, offsets[-1] + 1, dtype=np.uint32), offsets, chosen, "test")
 
 
-def make_stream(lengths: list[int], max_length: int = 16, seed: int = 0, documents: list[int] | None = None, pack_buffer: int = 8) -> PackStream:
-    return PackStream(make_split(lengths, documents), max_length=max_length, seed=seed, pack_buffer=pack_buffer, eod_id=EOD)
+def make_stream(
+    lengths: list[int], max_length: int = 16, seed: int = 0, documents: list[int] | None = None, pack_buffer: int = 8, curriculum: int = 0
+) -> PackStream:
+    split = make_split(lengths, documents)
+    return PackStream(split, max_length=max_length, seed=seed, pack_buffer=pack_buffer, eod_id=EOD, length_curriculum=curriculum)
 
 
-def check_form(pack: Pack, max_length: int) -> None:
+def ends(pack: Pack) -> list[int]:
+    """Boundaries without their padding."""
+    return sorted(set(pack.cu_seqlens.tolist()))
+
+
+def check_form(pack: Pack, max_length: int, num_boundaries: int) -> None:
     assert pack.tokens.dtype == pack.targets.dtype == torch.int64
     assert pack.cu_seqlens.dtype == torch.int32 and pack.valid.dtype == torch.bool
     assert len(pack.tokens) == len(pack.targets) == len(pack.valid) == max_length
     assert pack.cu_seqlens[0] == 0 and pack.cu_seqlens[-1] == max_length
-    assert (pack.cu_seqlens.diff() > 0).all()
+    assert len(pack.cu_seqlens) == num_boundaries
+    assert pack.cu_seqlens.tolist() == ends(pack) + [max_length] * (num_boundaries - len(ends(pack)))
     n = pack.num_tokens
     assert pack.valid.tolist() == [True] * n + [False] * (max_length - n)
     assert n in pack.cu_seqlens
     assert (pack.tokens[n:] == EOD).all() and (pack.targets[n:] == IGNORE).all()
     assert (pack.targets[:n] != IGNORE).all()
     if n < max_length:
-        assert pack.cu_seqlens[-2] == n  # the tail is one document
+        assert ends(pack)[-2] == n  # the tail is one document
 
 
 @settings(deadline=None)
@@ -61,7 +71,7 @@ def test_an_epoch_holds_every_token_once_with_its_target(lengths: list[int], max
         following.update(zip(ids, [*ids[1:], EOD], strict=True))
     inputs: Counter[int] = Counter()
     for pack in packs:
-        check_form(pack, max_length)
+        check_form(pack, max_length, stream.num_boundaries)
         n = pack.num_tokens
         tokens, targets, positions = pack.tokens[:n].tolist(), pack.targets[:n].tolist(), pack.positions[:n].tolist()
         inputs.update(tokens)
@@ -76,7 +86,7 @@ def test_a_document_longer_than_a_pack() -> None:
     packs = sorted((stream.pack(i) for i in range(3)), key=lambda pack: pack.tokens[0].item())
     assert [pack.tokens.tolist() for pack in packs] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, EOD, EOD]]
     assert [pack.targets.tolist() for pack in packs] == [[2, 3, 4, 5], [6, 7, 8, 9], [10, EOD, IGNORE, IGNORE]]
-    assert [pack.cu_seqlens.tolist() for pack in packs] == [[0, 4], [0, 4], [0, 2, 4]]
+    assert [ends(pack) for pack in packs] == [[0, 4], [0, 4], [0, 2, 4]]
     assert packs[2].positions.tolist() == [0, 1, 0, 1]
 
 
@@ -109,7 +119,9 @@ def test_order_depends_on_seed_and_epoch() -> None:
 def test_the_order_stays_what_it_was() -> None:
     """A run of an older version must continue with the same packs: where this changes on purpose, raise _ORDER_VERSION."""
     stream = make_stream([5, 40, 3, 9, 12, 1], seed=7)
-    assert [stream.pack(i).tokens[0].item() for i in range(6)] == [22, 38, 6, 49, 58, 70]
+    assert [stream.pack(i).tokens[0].item() for i in range(6)] == [22, 58, 6, 38, 49, 58]
+    cut = make_stream([9] * 40, seed=7)
+    assert [cut.pack(i).tokens[0].item() for i in range(6)] == [289, 307, 190, 91, 235, 208]
 
 
 def test_fingerprint() -> None:
@@ -118,8 +130,9 @@ def test_fingerprint() -> None:
         make_stream(LENGTHS, max_length=17).fingerprint,
         make_stream(LENGTHS, seed=1).fingerprint,
         make_stream(LENGTHS, pack_buffer=9).fingerprint,
+        make_stream(LENGTHS, curriculum=5).fingerprint,
     }
-    assert len(prints) == 4
+    assert len(prints) == 5
     assert make_stream(LENGTHS).fingerprint in prints
 
 
@@ -132,6 +145,90 @@ def test_an_order_that_a_library_changed_has_another_fingerprint(monkeypatch: py
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_any_seed_of_the_configuration(seed: int) -> None:
     assert make_stream([3, 3], seed=seed).pack(0).num_tokens == 6
+
+
+# ------------------------------------------------------------------------------------- ranks, workers, resuming
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3))
+def test_ranks_read_the_same_packs_however_many_they_are(first: int, micro: int, passes: int) -> None:
+    batch = 4 * micro * passes
+    for ranks in (1, 2, 4):
+        steps = [packs_of_step(first, batch, micro, rank, ranks) for rank in range(ranks)]
+        in_order = [number for start in range(0, batch // ranks, micro) for step in steps for number in step[start : start + micro]]
+        assert in_order == list(range(first, first + batch))
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    segments=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 4])), min_size=1, max_size=4),
+    curriculum=st.sampled_from([0, 3, 1000]),
+)
+def test_a_run_resumed_on_other_numbers_of_ranks_reads_what_an_uninterrupted_one_reads(
+    lengths: list[int], segments: list[tuple[int, int]], curriculum: int
+) -> None:
+    """Every segment is a process of its own: a fresh stream that knows nothing but the number of the next pack."""
+    batch, read = 4, []
+    for steps, ranks in segments:
+        streams = [make_stream(lengths, curriculum=curriculum) for _ in range(ranks)]
+        for _ in range(steps):
+            numbers = [packs_of_step(len(read), batch, 1, rank, ranks) for rank in range(ranks)]
+            packs = [[stream.pack(number) for number in mine] for stream, mine in zip(streams, numbers, strict=True)]
+            read += [pack for one_pass in zip(*packs, strict=True) for pack in one_pass]
+    alone = make_stream(lengths, curriculum=curriculum)
+    assert len(read) == batch * sum(steps for steps, _ in segments)
+    assert all(same(pack, alone.pack(number)) for number, pack in enumerate(read))
+
+
+class PackDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self) -> None:
+        self.stream = make_stream(LENGTHS)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return vars(self.stream.pack(index))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_worker_processes_read_the_same_packs(workers: int) -> None:
+    alone = make_stream(LENGTHS)
+    for begin in (0, 37, 5):  # resumed twice
+        numbers = range(begin, begin + 60)
+        loader = torch.utils.data.DataLoader(PackDataset(), batch_size=None, sampler=numbers, num_workers=workers)
+        assert all(same(Pack(**fields), alone.pack(number)) for number, fields in zip(numbers, loader, strict=True))
+
+
+def test_all_packs_of_all_epochs_have_one_shape() -> None:
+    stream = make_stream([1] * 40 + LENGTHS)
+    shapes = {tuple(tuple(part.shape) for part in vars(stream.pack(i)).values()) for i in range(sum(stream.packs_in_epoch(e) for e in range(4)))}
+    assert shapes == {((16,), (16,), (stream.num_boundaries,), (16,))}
+    assert stream.num_boundaries == 16 + 8 + 2
+    assert len({tuple(merge_packs([stream.pack(i), stream.pack(i + 1)]).cu_seqlens.shape) for i in range(20)}) == 1
+
+
+# --------------------------------------------------------------------------------------------- length curriculum
+
+
+def mean_length(pack: Pack) -> float:
+    lengths = pack.document_lengths
+    return sum(n * n for n in lengths) / sum(lengths)
+
+
+def keys(packs: list[Pack]) -> list[tuple[int, ...]]:
+    return [tuple(pack.tokens.tolist()) for pack in packs]
+
+
+@pytest.mark.parametrize("curriculum", [1, 20, 10**9])
+def test_a_curriculum_sorts_the_first_packs_and_leaves_the_rest(curriculum: int) -> None:
+    plain, sorted_ = make_stream(LENGTHS), make_stream(LENGTHS, curriculum=curriculum)
+    epoch = plain.packs_in_epoch(0)
+    head = min(curriculum, epoch)
+    before, after = ([stream.pack(i) for i in range(2 * epoch)] for stream in (plain, sorted_))
+    lengths = [mean_length(pack) for pack in after[:head]]
+    assert lengths == sorted(lengths)
+    assert Counter(keys(after[:head])) == Counter(keys(before[:head]))
+    assert keys(after[head:]) == keys(before[head:])
 
 
 def test_negative_numbers_are_refused() -> None:

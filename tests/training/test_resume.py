@@ -115,6 +115,8 @@ def test_a_group_brings_all_of_its_values(resumed: Callable[..., Config]) -> Non
         "data.max_length=64",
         "data.path=/elsewhere",
         "data.val_fraction=0.5",
+        "data.pack_buffer=7",
+        "data.length_curriculum=3",
         "training.seed=1",
     ],
 )
