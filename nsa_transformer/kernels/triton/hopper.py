@@ -1,4 +1,4 @@
-"""Forward kernels for compute capability 9.0, in Gluon: one producer warp copies tiles of keys and values ahead, three warpgroups attend.
+"""Kernels for compute capability 9.0, in Gluon. Forward: one producer warp copies tiles of keys and values ahead, three warpgroups attend.
 
 The warpgroups hold 64 query rows each and read the same tiles, so that a third as much comes out of the L2 cache. A warpgroup passes over tiles
 that none of its own queries see, so the taller tile costs no products. Programs are persistent: the producer is already at the next tile of
