@@ -32,7 +32,7 @@ def test_union_of_a_tile(group, rows, lengths):
                 blocks[cu[document] + t, head, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     counts = [-(-length * group // rows) for length in lengths]
     tiles = torch.tensor([0, *counts]).cumsum(0).int()
-    union = lists.make_union(blocks, cu, torch.zeros(len(lengths), dtype=torch.int32), tiles, int(tiles[-1]) + 1, group, rows, SELECT)
+    union = lists.make_union(blocks, sum(lengths), cu, torch.zeros(len(lengths), dtype=torch.int32), tiles, int(tiles[-1]) + 1, group, rows, SELECT)
     every_bit = (1 << (64 if union.members.dtype == torch.int64 else 32)) - 1
     for document, length in enumerate(lengths):
         for number in range(counts[document]):

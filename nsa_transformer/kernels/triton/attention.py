@@ -29,10 +29,12 @@ from nsa_transformer.kernels.triton.gates import gate_gradients
 from nsa_transformer.kernels.triton.plan import Plan, make_plan
 from nsa_transformer.kernels.triton.select import score, select_blocks
 from nsa_transformer.kernels.triton.selected import selected_forward, selected_grad_kv, selected_grad_q, sum_segments
+from nsa_transformer.kernels.triton.selected_q import selected_grad_q_stored
 from nsa_transformer.kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 SCORE_TABLE = 1 << 26  # float32 entries of the table of importances, 256 MiB
 ROWS_IN_CACHE = 1 << 24  # bytes
+STORED_SCORES = 1 << 31  # bytes
 SELECT_CHUNK = 1024  # blocks that selection looks at together
 
 
@@ -60,7 +62,7 @@ class _Pack:
         tiles = choose_tiles(q.shape[2], v_cmp.shape[2], q.element_size(), group, config.select_block, _capability(q.device))
         plan = make_plan(
             cu_q, cu_k, group, config.compress_block, config.compress_stride, config.select_block,
-            tiles.band.rows, tiles.band_q.rows, tiles.selected.rows, tiles.selected_q.rows, tiles.score.rows, tiles.compressed_kv.keys, tiles.window_kv.keys,
+            tiles.band.rows, tiles.band_q.rows, tiles.selected.rows, tiles.selected_q.rows, tiles.stored_q.rows, tiles.score.rows, tiles.compressed_kv.keys, tiles.window_kv.keys,
         )  # fmt: skip
         compressed = (_clean(k_cmp, plan), _clean(v_cmp, plan))
         k_slc, v_slc, k_win, v_win = (by_rows(x) for x in others)
@@ -212,7 +214,7 @@ def attend_selected(pack: _Pack, blocks: Tensor, outs: Tensor, out: Tensor, lse:
     """The selected branch, and out: the three branches weighed by their gates."""
     config, tile = pack.config, pack.tiles.selected
     max_tiles = pack.row_tiles(tile.rows)
-    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected, max_tiles, pack.group, tile.rows, config.select_block)
+    union = _union(pack, blocks, pack.plan.rows_selected, tile)
     chosen = (union.blocks, union.members, union.counts, pack.gates, outs[0], outs[2], outs[1], out, lse)
     documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected, pack.num_docs, pack.log_scale)
     shared = {**pack.heads(), "HKV": pack.hkv, "L": union.length, "SELECT": config.select_block, "N": tile.keys, "SAVE": save, **_launch(tile)}
@@ -258,10 +260,9 @@ def backward(
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     band_grad_q(pack, "compressed", grad_out, lse[0], delta[0], grad_q)
     band_grad_q(pack, "window", grad_out, lse[2], delta[2], grad_q)
-    selected_dq(pack, blocks, grad_out, lse[1], delta[1], grad_q)
+    selected = selected_gradients(pack, blocks, grad_out, lse[1], delta[1], grad_q)
     compressed = band_grad_kv(pack, "compressed", grad_out, lse[0], delta[0], keys_values[0].shape[0])
     window = band_grad_kv(pack, "window", grad_out, lse[2], delta[2], keys_values[4].shape[0])
-    selected = selected_dkv(pack, blocks, grad_out, lse[1], delta[1])
     return grad_q, *compressed, *selected, *window, grad_gates
 
 
@@ -331,7 +332,7 @@ def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: T
 def selected_dq(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor) -> None:
     config, tile = pack.config, pack.tiles.selected_q
     max_tiles = pack.row_tiles(tile.rows)
-    union = lists.make_union(blocks, pack.cu_q, pack.q_start, pack.plan.rows_selected_q, max_tiles, pack.group, tile.rows, config.select_block)
+    union = _union(pack, blocks, pack.plan.rows_selected_q, tile)
     chosen = (union.blocks, union.members, union.counts, grad_out, lse, delta, pack.gates, grad_q)
     documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.rows_selected_q, pack.num_docs, pack.log_scale, pack.scale)
     shared = {**pack.heads(), "HKV": pack.hkv, "L": union.length, "SELECT": config.select_block, "N": tile.keys, **_launch(tile)}
@@ -348,7 +349,29 @@ def _segment(entries: int, device: torch.device) -> int:
     return max(128, min(2048, triton.next_power_of_2(max(entries, 1)) // (16 * triton.next_power_of_2(_programs(device)))))
 
 
-def selected_dkv(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _union(pack: _Pack, blocks: Tensor, tiles: Tensor, tile: Tile, places: Tensor | None = None) -> lists.Union:
+    keys = pack.selected[0].shape[0]
+    return lists.make_union(blocks, keys, pack.cu_q, pack.q_start, tiles, pack.row_tiles(tile.rows), pack.group, tile.rows, pack.config.select_block, places)
+
+
+def _stored_dq(pack: _Pack, union: lists.Union, starts: Tensor, scores: Tensor, grad_q: Tensor, head: int, heads: int, first_owner: int) -> None:
+    tile, (first, second) = pack.tiles.stored_q, split_width(pack.q.shape[2])
+    selected_grad_q_stored[(pack.row_tiles(tile.rows), heads)](
+        *descriptors(pack.selected[0], tile.keys), union.blocks, union.members, union.last, union.counts, starts, scores, grad_q,
+        pack.cu_q, pack.cu_k, pack.plan.rows_stored_q, pack.num_docs, head, first_owner, pack.scale,
+        **pack.heads(), HKV=pack.hkv, L=union.length, SELECT=pack.config.select_block, M=tile.rows, N=tile.keys,
+        D0=first, D1=second, PRECISION=precision(pack.q.dtype), SIXTEENS=pack.tiles.selected_kv.gluon, **_launch(tile),
+    )  # fmt: skip
+
+
+def _stored_heads(pack: _Pack, blocks: Tensor) -> int:
+    """For how many key/value heads at a time the gradients of the selected scores are stored between dk, dv and dq; 0: one head's are too large."""
+    size = blocks.shape[0] * blocks.shape[2] * pack.group * pack.config.select_block * pack.q.element_size()
+    return 0 if size > 2 * STORED_SCORES else min(pack.hkv, max(1, STORED_SCORES // max(size, 1)))
+
+
+def selected_gradients(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor) -> tuple[Tensor, Tensor]:
+    """dk and dv of the selected branch; its dq is added to grad_q."""
     config, tile, hkv, device = pack.config, pack.tiles.selected_kv, pack.hkv, pack.q.device
     num_keys = pack.selected[0].shape[0]
     num_blocks = pack.key_tiles(num_keys, config.select_block)
@@ -359,18 +382,29 @@ def selected_dkv(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, del
     parts = [torch.empty(max(chosen.max_shared, 1), pieces * tile.keys, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
     listed = (chosen.tokens, chosen.starts, chosen.segments, chosen.shared)
     documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks, segment)
-    if tile.gluon:
-        hopper_selected_kv.selected_grad_kv[(chosen.max_segments, pieces)](
-            *_row_boxes(pack, grad_out), *(hopper.descriptor(x, 64) for x in pack.selected), *listed, lse, delta, pack.gates, *grads, *parts, *documents,
-            pack.q.shape[0], pack.log_scale, pack.scale,
-            **pack.heads(), HKV=hkv, SELECT=config.select_block, D=pack.q.shape[2], **_launch(tile),
-        )  # fmt: skip
-    else:
-        selected_grad_kv[(chosen.max_segments, pieces)](
-            *pack.query(), *_keys_values(pack.selected, tile.keys), *listed, grad_out, lse, delta, pack.gates, *grads, *parts, *documents,
-            pack.log_scale, pack.scale,
-            **pack.heads(), HKV=hkv, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile),
-        )  # fmt: skip
+    heads = _stored_heads(pack, blocks)
+    scores = pack.q.new_empty(heads * blocks.shape[0] * blocks.shape[2], config.select_block, pack.group)
+    union = _union(pack, blocks, pack.plan.rows_stored_q, pack.tiles.stored_q, chosen.places) if heads else None
+    for head in range(0, hkv, heads or hkv):
+        count = min(heads or hkv, hkv - head)
+        owners = (head * num_blocks, (head + count) * num_blocks)
+        grid = (chosen.max_segments // hkv * count if count < hkv else chosen.max_segments, pieces)
+        if tile.gluon:
+            hopper_selected_kv.selected_grad_kv[grid](
+                *_row_boxes(pack, grad_out), *(hopper.descriptor(x, 64) for x in pack.selected), *listed, lse, delta, pack.gates, *grads, *parts, scores,
+                *documents, *owners, pack.q.shape[0], pack.log_scale, pack.scale,
+                **pack.heads(), HKV=hkv, SELECT=config.select_block, D=pack.q.shape[2], **_launch(tile), STORE=heads > 0,
+            )  # fmt: skip
+        else:
+            selected_grad_kv[grid](
+                *pack.query(), *_keys_values(pack.selected, tile.keys), *listed, grad_out, lse, delta, pack.gates, *grads, *parts, scores,
+                *documents, *owners, pack.log_scale, pack.scale,
+                **pack.heads(), HKV=hkv, SELECT=config.select_block, M=tile.rows, N=tile.keys, **pack.widths(), **_launch(tile), STORE=heads > 0,
+            )  # fmt: skip
+        if union is not None:
+            _stored_dq(pack, union, chosen.starts, scores, grad_q, head, count, owners[0])
+    if union is None:
+        selected_dq(pack, blocks, grad_out, lse, delta, grad_q)
     padded = pieces * tile.keys
     rows = min(8, padded)  # the sum of the block that all tokens choose is long: many programs share it
     for source, grad in zip(parts, grads, strict=True):

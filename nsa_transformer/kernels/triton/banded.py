@@ -336,7 +336,7 @@ def banded_grad_kv(
             q, q_stride, q_head_stride, grad_out, q_rows0, q_rows1, grad_rows0, grad_rows1, first, start, head, at_row, end,
             BOXES, HQ, G, M, D0, D1, E0, E1,
         )  # fmt: skip
-        dk0, dk1, dv0, dv1 = grad_kv_step(
+        dk0, dk1, dv0, dv1, _ = grad_kv_step(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
             column, t + 1 - WINDOW, keys_before(t, BLOCK, STRIDE), scale, BRANCH, MASK, D1, E1, PRECISION,
         )  # fmt: skip
@@ -346,7 +346,7 @@ def banded_grad_kv(
                 q, q_stride, q_head_stride, grad_out, q_rows0, q_rows1, grad_rows0, grad_rows1, first, start, head, at_row, end,
                 BOXES, HQ, G, M, D0, D1, E0, E1,
             )  # fmt: skip
-            dk0, dk1, dv0, dv1 = grad_kv_step(
+            dk0, dk1, dv0, dv1, _ = grad_kv_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
                 column, t, t, scale, BRANCH, 0, D1, E1, PRECISION,
             )  # fmt: skip

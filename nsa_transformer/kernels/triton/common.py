@@ -259,7 +259,8 @@ def grad_kv_step(
     E1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk, dv of a tile of keys += what M query rows give, whose indices token * Hq + head are `pair`; scores are [N keys, M rows]."""
+    """dk, dv of a tile of keys += what M query rows give, whose indices token * Hq + head are `pair`; and the gradients of their scores, less the
+    scale, in q's dtype. Scores are [N keys, M rows]."""
     row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + pair, mask=inside, other=0.0)
     gate = tl.load(gates + pair * 3 + BRANCH, mask=inside, other=0.0).to(tl.float32)
@@ -280,4 +281,4 @@ def grad_kv_step(
     dk0 = add_dot(ds, q0, dk0, PRECISION)
     if D1 > 0:
         dk1 = add_dot(ds, q1, dk1, PRECISION)
-    return dk0, dk1, dv0, dv1
+    return dk0, dk1, dv0, dv1, ds

@@ -88,8 +88,9 @@ def _consume(
         mbarrier.wait(ready, 0)
     steps = (gl.maximum(end - begin, 0) + TOKENS - 1) // TOKENS
     dk, dv = add_rows(
-        k_tiles.index(WHICH), v_tiles.index(WHICH), q_tiles, grad_tiles, stats, sees, full, empty, 0, steps, 1, WHICH * KEYS, scale, WINDOW, D, STAGES
-    )
+        k_tiles.index(WHICH), v_tiles.index(WHICH), q_tiles, grad_tiles, stats, sees, grad_k, full, empty, 0, steps, 1, 0, WHICH * KEYS, scale,
+        WINDOW, D, STAGES, False, G, 1,
+    )  # fmt: skip
     column = WHICH * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, outputs))
     row = (part * part_stride + base + column).to(gl.int64) * HKV + gl.program_id(1)
     store_sums(dk * raw_scale, grad_k, row, column < num_keys, D, outputs)

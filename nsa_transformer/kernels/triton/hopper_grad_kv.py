@@ -58,11 +58,25 @@ def fill(
 
 
 @gluon.jit
+def store_scores(ds, grad_scores, first, count, G: gl.constexpr, SELECT: gl.constexpr):
+    """ds [KEYS, ROWS] to grad_scores [tokens, SELECT, G], tokens first … first + count of the tile's. A thread holds rows 2i, 2i + 1, 2i + 8 and 2i + 9 of
+    sixteen: they are stored side by side, as `selected_q.member_of` knows."""
+    ds = gl.permute(gl.reshape(ds, [KEYS, ROWS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    ds = gl.reshape(ds, [KEYS, ROWS])
+    LAYOUT: gl.constexpr = ds.type.layout
+    key = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT)), 1)
+    row = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT)), 0)
+    to = grad_scores + first.to(gl.int64) * (SELECT * G)
+    gl.store(to + (row // G * (SELECT * G) + key * G + row % G), ds, mask=(row // G < count) & (key >= 0))
+
+
+@gluon.jit
 def add_rows(
-    k_tile, v_tile, q_tiles, grad_tiles, stats, sees, full, empty, first_step, steps, every, offset, scale,
-    WINDOW: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    k_tile, v_tile, q_tiles, grad_tiles, stats, sees, grad_scores, full, empty, first_step, steps, every, tokens, offset, scale,
+    WINDOW: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, STORE: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr,
 ):  # fmt: skip
-    """dk (less its scale) and dv [KEYS, D] from every `every`-th tile of rows. Row r sees keys below sees[r] - offset, of a WINDOW the last so many."""
+    """dk (less its scale) and dv [KEYS, D] from every `every`-th tile of rows. Row r sees keys below sees[r] - offset, of a WINDOW the last so many.
+    With STORE, the scores' gradients of `tokens` tokens go to grad_scores."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     by_row: gl.constexpr = gl.SliceLayout(0, scores)
@@ -98,6 +112,8 @@ def add_rows(
         dp = warpgroup_mma_wait(1, deps=[dp])
         ds = p * (dp - gl.expand_dims(row_delta, 0))
         dk = warpgroup_mma(left_operand(ds, DTYPE, outputs), q_tile, dk, is_async=True)
+        if STORE:
+            store_scores(ds.to(DTYPE), grad_scores, step * (ROWS // G), tokens - step * (ROWS // G), G, SELECT)
         dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
         mbarrier.arrive(empty.index(stage), count=1)
     return dk, dv

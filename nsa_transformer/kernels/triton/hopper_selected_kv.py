@@ -15,13 +15,13 @@ WARPGROUPS = gl.constexpr(2)
 
 @gluon.jit
 def _item(
-    starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment,
+    starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner,
     HKV: gl.constexpr, SELECT: gl.constexpr,
 ):  # fmt: skip
     """Of this program: whether there is work, its owner, head, first key (row, place in its document), how many keys the document has from there,
     the list's start and length, number of the segment, and what turns a token's index into how many keys of the tile it sees."""
-    item = gl.program_id(0)
-    exists = item < gl.load(segments + HKV * num_blocks)
+    item = gl.load(segments + first_owner) + gl.program_id(0)
+    exists = item < gl.load(segments + end_owner)
     owner = find_document(segments, HKV * num_blocks, gl.where(exists, item, 0))
     head = owner // num_blocks
     block = owner % num_blocks
@@ -40,13 +40,13 @@ def _item(
 @gluon.jit
 def _produce(
     keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, ready, full, empty, tokens, starts, segments, lse, delta, gates,
-    cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, num_tokens,
+    cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens,
     HQ: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = ROWS // G
     BYTES: gl.constexpr = keys.dtype.primitive_bitwidth // 8
     by_lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    _, _, head, base, _, begin, count, _, shift = _item(starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, HKV, SELECT)
+    _, _, head, base, _, begin, count, _, shift = _item(starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, HKV, SELECT)
     if count > 0:
         mbarrier.expect(ready, KEYS * 2 * D * BYTES)
         tma.async_copy_global_to_shared(keys, [base, head * D], ready, k_tile)
@@ -74,18 +74,23 @@ def _produce(
 @gluon.jit
 def _consume(
     k_tile, v_tile, q_tiles, grad_tiles, stats, sees, exchange, ready, full, empty, done, starts, segments, shared,
-    grad_k, grad_v, parts_k, parts_v, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, scale, raw_scale, WHICH: gl.constexpr,
-    HKV: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, WHICH: gl.constexpr,
+    HKV: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, STORE: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = ROWS // G
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    exists, owner, head, base, num_keys, _, count, number, _ = _item(
-        starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, HKV, SELECT
+    exists, owner, head, base, num_keys, begin, count, number, _ = _item(
+        starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, HKV, SELECT
     )
     if count > 0:
         mbarrier.wait(ready, 0)
     steps = (count + TOKENS - 1) // TOKENS
-    dk, dv = add_rows(k_tile, v_tile, q_tiles, grad_tiles, stats, sees, full, empty, WHICH, steps, WARPGROUPS, 0, scale, 0, D, STAGES)
+    to = grad_scores
+    if STORE:
+        to += (begin - gl.load(starts + first_owner)).to(gl.int64) * (SELECT * G) + gl.program_id(1) * KEYS * G
+    dk, dv = add_rows(
+        k_tile, v_tile, q_tiles, grad_tiles, stats, sees, to, full, empty, WHICH, steps, WARPGROUPS, count, 0, scale, 0, D, STAGES, STORE, G, SELECT
+    )
     if WHICH == 1:
         exchange.index(0).store(dk)
         exchange.index(1).store(dv)
@@ -107,13 +112,13 @@ def _consume(
                 store_sums(dv, grad_v, row, column < num_keys, D, outputs)
 
 
-@gluon.jit(repr=lambda _: "nsa_selected_dkv_sm90", do_not_specialize=["num_docs", "num_blocks", "segment", "num_tokens"])
+@gluon.jit(repr=lambda _: "nsa_selected_dkv_sm90", do_not_specialize=["num_docs", "num_blocks", "segment", "first_owner", "end_owner", "num_tokens"])
 def selected_grad_kv(
-    q_rows, grad_rows, keys, values, tokens, starts, segments, shared, lse, delta, gates, grad_k, grad_v, parts_k, parts_v,
-    cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, num_tokens, scale, raw_scale,
-    HQ: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    q_rows, grad_rows, keys, values, tokens, starts, segments, shared, lse, delta, gates, grad_k, grad_v, parts_k, parts_v, grad_scores,
+    cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens, scale, raw_scale,
+    HQ: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, STORE: gl.constexpr,
 ):  # fmt: skip
-    """As `selected.selected_grad_kv`."""
+    """As `selected.selected_grad_kv`, the rows of grad_scores in the order of `selected_q.member_of`."""
     k_tile = gl.allocate_shared_memory(keys.dtype, [KEYS, D], keys.layout)
     v_tile = gl.allocate_shared_memory(keys.dtype, [KEYS, D], keys.layout)
     q_tiles = gl.allocate_shared_memory(keys.dtype, [STAGES, ROWS, D], keys.layout)
@@ -135,13 +140,13 @@ def selected_grad_kv(
     gl.warp_specialize(
         [
             (_consume, (k_tile, v_tile, q_tiles, grad_tiles, stats, sees, exchange, ready, full, empty, done, starts, segments, shared,
-                        grad_k, grad_v, parts_k, parts_v, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, scale, raw_scale, 0,
-                        HKV, G, SELECT, D, STAGES)),
+                        grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, 0,
+                        HKV, G, SELECT, D, STAGES, STORE)),
             (_consume, (k_tile, v_tile, q_tiles, grad_tiles, stats, sees, exchange, ready, full, empty, done, starts, segments, shared,
-                        grad_k, grad_v, parts_k, parts_v, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, scale, raw_scale, 1,
-                        HKV, G, SELECT, D, STAGES)),
+                        grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, 1,
+                        HKV, G, SELECT, D, STAGES, STORE)),
             (_produce, (keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, ready, full, empty, tokens, starts, segments,
-                        lse, delta, gates, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, num_tokens,
+                        lse, delta, gates, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens,
                         HQ, HKV, G, SELECT, D, STAGES)),
         ],
         [4, 1],

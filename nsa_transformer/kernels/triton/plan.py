@@ -27,6 +27,7 @@ def _plan_kernel(
     ROWS_BAND_Q: tl.constexpr,
     ROWS_SELECTED: tl.constexpr,
     ROWS_SELECTED_Q: tl.constexpr,
+    ROWS_STORED_Q: tl.constexpr,
     SCORE_TOKENS: tl.constexpr,
     KEYS_COMPRESSED: tl.constexpr,
     KEYS_WINDOW: tl.constexpr,
@@ -42,7 +43,8 @@ def _plan_kernel(
     blocks = 0
     band_q = 0
     selected_q = 0
-    tl.store(plan + tl.arange(0, 16) * stride, tl.zeros([16], tl.int32), mask=tl.arange(0, 16) < 9)
+    stored_q = 0
+    tl.store(plan + tl.arange(0, 16) * stride, tl.zeros([16], tl.int32), mask=tl.arange(0, 16) < 10)
     for start in range(0, num_docs, CHUNK):
         doc = start + tl.arange(0, CHUNK)
         inside = doc < num_docs
@@ -76,6 +78,9 @@ def _plan_kernel(
         count = (queries * G + ROWS_SELECTED_Q - 1) // ROWS_SELECTED_Q
         tl.store(to + 8 * stride, selected_q + tl.cumsum(count), mask=inside)
         selected_q += tl.sum(count)
+        count = (queries * G + ROWS_STORED_Q - 1) // ROWS_STORED_Q
+        tl.store(to + 9 * stride, stored_q + tl.cumsum(count), mask=inside)
+        stored_q += tl.sum(count)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Plan:
     blocks: Tensor
     rows_band_q: Tensor
     rows_selected_q: Tensor
+    rows_stored_q: Tensor
 
 
 def make_plan(
@@ -104,14 +110,15 @@ def make_plan(
     band_q: int,
     selected: int,
     selected_q: int,
+    stored_q: int,
     score: int,
     compressed: int,
     window: int,
 ) -> Plan:
-    """The sizes: query rows of a band and a selected tile, forward and dq each, tokens of a score tile, keys of a compressed and a window tile."""
+    """The sizes: query rows of a band and a selected tile, forward and dq each, and of dq from stored scores, tokens of a score tile, keys of a compressed and a window tile."""
     num_docs = cu_q.shape[0] - 1
     width = (num_docs + 4) // 4 * 4  # rows stay 16-byte aligned, or each number of documents would compile kernels of its own
-    plan = torch.empty(9, width, dtype=torch.int32, device=cu_q.device)
+    plan = torch.empty(10, width, dtype=torch.int32, device=cu_q.device)
     chunk = min(1024, triton.next_power_of_2(max(num_docs, 1)))
-    _plan_kernel[(1,)](cu_q, cu_k, plan, width, num_docs, group, block, stride, select, band, band_q, selected, selected_q, score, compressed, window, chunk)
+    _plan_kernel[(1,)](cu_q, cu_k, plan, width, num_docs, group, block, stride, select, band, band_q, selected, selected_q, stored_q, score, compressed, window, chunk)
     return Plan(*plan[:, : num_docs + 1].unbind(0))

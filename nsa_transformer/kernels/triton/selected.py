@@ -194,7 +194,7 @@ def selected_grad_q(
         store_rows(grad_q, to, inside, before1 + dq1 * factor[:, None], D0, D1)
 
 
-@triton.jit(repr=lambda _: "nsa_selected_dkv", do_not_specialize=["num_docs", "num_blocks", "segment"])
+@triton.jit(repr=lambda _: "nsa_selected_dkv", do_not_specialize=["num_docs", "num_blocks", "segment", "first_owner", "end_owner"])
 def selected_grad_kv(
     q,
     q_stride,
@@ -215,6 +215,7 @@ def selected_grad_kv(
     grad_v,
     parts_k,
     parts_v,
+    grad_scores,
     cu_q,
     cu_k,
     q_start,
@@ -222,6 +223,8 @@ def selected_grad_kv(
     num_docs,
     num_blocks,
     segment,
+    first_owner,
+    end_owner,
     scale,
     raw_scale,
     HQ: tl.constexpr,
@@ -236,13 +239,17 @@ def selected_grad_kv(
     E1: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     """grad_k, grad_v of N keys of one block from one segment of the tokens that chose it; into parts_k, parts_v where the block has several
-    segments."""
+    segments. Owners, which are (head, block), from `first_owner` to `end_owner`.
+
+    With STORE, grad_scores [chosen by these owners, SELECT, G], in the order of `tokens`: gradients of the scores, less the scale.
+    """
     PIECES: tl.constexpr = (SELECT + N - 1) // N
     piece = tl.program_id(1) * N
-    item = tl.program_id(0)
-    if item >= tl.load(segments + HKV * num_blocks):
+    item = tl.load(segments + first_owner) + tl.program_id(0)
+    if item >= tl.load(segments + end_owner):
         return
     owner = find_document(segments, HKV * num_blocks, item)
     head = owner // num_blocks
@@ -269,6 +276,7 @@ def selected_grad_kv(
         dk1 = tl.zeros([N, D1], tl.float32)
     if E1 > 0:
         dv1 = tl.zeros([N, E1], tl.float32)
+    to_scores = (begin - tl.load(starts + first_owner)).to(tl.int64) * (SELECT * G) + piece * G
     for at in tl.range(0, count, M, num_stages=STAGES):
         row = at + tl.arange(0, M)
         inside = row < count
@@ -277,10 +285,13 @@ def selected_grad_kv(
         pair = token.to(tl.int64) * HQ + query
         q0, q1 = load_pair(q, token.to(tl.int64) * q_stride + query * q_head_stride, inside, D0, D1)
         do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
-        dk0, dk1, dv0, dv1 = grad_kv_step(
+        dk0, dk1, dv0, dv1, ds = grad_kv_step(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, gates, pair, inside,
             column, token, token + shift, scale, 1, 1, D1, E1, PRECISION,
         )  # fmt: skip
+        if STORE:
+            to = to_scores + (row // G).to(tl.int64) * (SELECT * G) + row % G
+            tl.store(grad_scores + (to[None, :] + column[:, None] * G), ds, mask=inside[None, :] & (column < SELECT)[:, None])
     dk0 *= raw_scale
     if D1 > 0:
         dk1 *= raw_scale

@@ -28,6 +28,7 @@ class Tiles:
     score: Tile
     selected: Tile
     selected_q: Tile
+    stored_q: Tile
     selected_kv: Tile
 
 
@@ -47,6 +48,7 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
             score=Tile(min(32, max(1, 32 // heads)), 32, 8, 1, heads=heads),
             selected=Tile(32, piece, 8, 1),
             selected_q=Tile(32, piece, 8, 1),
+            stored_q=Tile(32, piece, 8, 1),
             selected_kv=Tile(16, piece, 8, 1),
         )
     if widest <= 128:
@@ -64,6 +66,7 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
             score=Tile(min(16, max(1, 128 // heads)), 64, 4, 3, heads=heads),
             selected=gluon if gluon and tokens <= 64 and select % 64 == 0 else Tile(64, block, 4, 3),
             selected_q=gluon_q if gluon_q and tokens <= 64 and select % 64 == 0 else Tile(64, block, 4, 2),
+            stored_q=Tile(64, block, 4, 3),
             selected_kv=Tile(32, 64, 4, 6, gluon=True) if large_boxes and select % 64 == 0 else Tile(32, block, 4, 2),
         )
     score = Tile(min(16, max(1, 64 // heads)), 64, 4, 3 if width <= 192 else 2, heads=heads)
@@ -76,6 +79,7 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
             score=score,
             selected=Tile(64, block, 4, 2),
             selected_q=Tile(64, block, 4, 1),
+            stored_q=Tile(64, block, 4, 3),
             selected_kv=Tile(32, block, 4, 2),
         )
     return Tiles(
@@ -86,5 +90,6 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
         score=score,
         selected=Tile(64, block, 4, 1),
         selected_q=Tile(64, block, 4, 1),
+        stored_q=Tile(64, block, 4, 2),
         selected_kv=Tile(64, block, 8, 1),
     )
