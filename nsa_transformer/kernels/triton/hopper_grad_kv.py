@@ -113,7 +113,8 @@ def add_rows(
         ds = p * (dp - gl.expand_dims(row_delta, 0))
         dk = warpgroup_mma(left_operand(ds, DTYPE, outputs), q_tile, dk, is_async=True)
         if STORE:
-            store_scores(ds.to(DTYPE), grad_scores, step * (ROWS // G), tokens - step * (ROWS // G), G, SELECT)
+            first = (steps - 1 - step) * (ROWS // G)  # tiles come from the last one on
+            store_scores(ds.to(DTYPE), grad_scores, first, tokens - first, G, SELECT)
         dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
         mbarrier.arrive(empty.index(stage), count=1)
     return dk, dv

@@ -31,8 +31,10 @@ def _item(
     base = gl.load(cu_k + document)
     keys = gl.load(cu_k + document + 1) - base - position
     number = item - gl.load(segments + owner)
-    begin = gl.load(starts + owner) + number * segment
-    count = gl.where(exists, gl.minimum(begin + segment, gl.load(starts + owner + 1)) - begin, 0)
+    # Segments are counted from the end of the list, see `lists.Choosers`.
+    end = gl.load(starts + owner + 1) - number * segment
+    begin = gl.maximum(end - segment, gl.load(starts + owner))
+    count = gl.where(exists, end - begin, 0)
     shift = gl.load(q_start + document) - gl.load(cu_q + document) + 1 - position
     return exists, owner, head, base + position, keys, begin, count, number, shift
 
@@ -53,15 +55,19 @@ def _produce(
         tma.async_copy_global_to_shared(values, [base, head * D], ready, v_tile)
         end = begin + count
         nth = gl.arange(0, ROWS, by_lane) // G
-        # Tokens are read two tiles ahead, what belongs to their rows one. Past the list comes a token that does not exist: rows of zeros.
-        here = gl.load(tokens + begin + nth, mask=begin + nth < end, other=num_tokens)
-        ahead = gl.load(tokens + begin + TOKENS + nth, mask=begin + TOKENS + nth < end, other=num_tokens)
+        steps = (count + TOKENS - 1) // TOKENS
+        last = begin + (steps - 1) * TOKENS + nth
+        # From the last token on, see `lists.Choosers`. Tokens are read two tiles ahead, what belongs to their rows one. Past the list comes a token that
+        # does not exist: rows of zeros.
+        here = gl.load(tokens + last, mask=last < end, other=num_tokens)
+        ahead = gl.load(tokens + last - TOKENS, mask=last - TOKENS >= begin, other=num_tokens)
         row_lse, row_delta, gate = load_stats(lse, delta, gates, here, here < num_tokens, head, 1, HQ, G, by_lane)
-        for place in range(begin, end, TOKENS):
-            later = gl.load(tokens + place + 2 * TOKENS + nth, mask=place + 2 * TOKENS + nth < end, other=num_tokens)
+        for step in range(steps):
+            after = last - (step + 2) * TOKENS
+            later = gl.load(tokens + after, mask=after >= begin, other=num_tokens)
             next_lse, next_delta, next_gate = load_stats(lse, delta, gates, ahead, ahead < num_tokens, head, 1, HQ, G, by_lane)
             fill(
-                q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, full, empty, (place - begin) // TOKENS, here, row_lse, row_delta, gate, here + shift, head,
+                q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, full, empty, step, here, row_lse, row_delta, gate, here + shift, head,
                 HQ, G, D, STAGES, by_lane,
             )  # fmt: skip
             here = ahead

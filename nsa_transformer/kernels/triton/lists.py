@@ -128,7 +128,10 @@ def make_union(
 
 @dataclass(frozen=True)
 class Choosers:
-    """Per (key/value head, block of the pack): the tokens that chose it, ascending, cut into segments of at most SEGMENT tokens.
+    """Per (key/value head, block of the pack): the tokens that chose it, ascending, cut from the end into segments of at most SEGMENT tokens.
+
+    Lists are walked from their ends. All blocks of a document may be chosen up to its last token, and about as often from any token on, so programs
+    that begin there are at the same tokens at the same time and find each other's rows in the cache; the lists' beginnings are far apart.
 
     tokens int32 [T * n * HKV], block after block; starts int32 [HKV * blocks + 1] into it; segments int32 [HKV * blocks + 1], running count of
     segments (at least one each); shared int32 [HKV * blocks + 1], running count of those segments whose block has several; places int32

@@ -263,8 +263,10 @@ def selected_grad_kv(
     inside_keys = (position + column < tl.load(cu_k + document + 1) - base) & (column < SELECT)
     base += position
     number = item - tl.load(segments + owner)
-    begin = tl.load(starts + owner) + number * segment
-    count = (tl.minimum(begin + segment, tl.load(starts + owner + 1)) - begin) * G
+    # Segments are counted from the end of the list, see `lists.Choosers`.
+    end = tl.load(starts + owner + 1) - number * segment
+    begin = tl.maximum(end - segment, tl.load(starts + owner))
+    count = (end - begin) * G
     shift = tl.load(q_start + document) - tl.load(cu_q + document) + 1 - position  # a token sees its index + shift keys of the block
     k0, k1 = load_tile(keys0, keys1, base, head * (D0 + D1), D0, D1)
     v0, v1 = load_tile(values0, values1, base, head * (E0 + E1), E0, E1)
@@ -277,8 +279,9 @@ def selected_grad_kv(
     if E1 > 0:
         dv1 = tl.zeros([N, E1], tl.float32)
     to_scores = (begin - tl.load(starts + first_owner)).to(tl.int64) * (SELECT * G) + piece * G
-    for at in tl.range(0, count, M, num_stages=STAGES):
-        row = at + tl.arange(0, M)
+    last = (count - 1) // M * M
+    for back in tl.range(0, count, M, num_stages=STAGES):  # from the last token on
+        row = last - back + tl.arange(0, M)
         inside = row < count
         token = tl.load(tokens + begin + row // G, mask=inside, other=0)
         query = head * G + row % G
