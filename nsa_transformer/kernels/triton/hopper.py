@@ -51,6 +51,12 @@ def load_queries(q, q_stride, q_head_stride, q_tile, first, row0, rows, head, M:
 
 
 @gluon.jit
+def read_number(numbers, stage):
+    """One number of a warpgroup's shared memory."""
+    return gl.max(numbers.index(stage).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def start_scores(q_tile, k_tiles, stage, LAYOUT: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
     s = gl.zeros([M, N], gl.float32, LAYOUT)
     return warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)

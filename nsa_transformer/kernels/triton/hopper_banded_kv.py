@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from nsa_transformer.kernels.triton.hopper import find_document, keys_before
-from nsa_transformer.kernels.triton.hopper_grad_kv import KEYS, ROWS, add_rows, fill, load_stats, store_sums
+from nsa_transformer.kernels.triton.hopper_grad_kv import KEYS, PRODUCERS, ROWS, add_rows, fill, load_stats, store_sums
 
 WARPGROUPS = gl.constexpr(2)
 
@@ -45,8 +45,8 @@ def _item(
 
 @gluon.jit
 def _produce(
-    keys, values, q_rows, grad_rows, k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, ready, full, empty, lse, delta, gates,
-    cu_q, key_starts, q_start, tiles, num_docs, num_parts,
+    keys, values, q_rows, grad_rows, k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, lse, delta, gates,
+    cu_q, key_starts, q_start, tiles, num_docs, num_parts, WHICH: gl.constexpr,
     HQ: gl.constexpr, G: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = ROWS // G
@@ -55,18 +55,20 @@ def _produce(
     head = gl.program_id(1)
     base, at, _, _, first, start, begin, end = _item(cu_q, key_starts, q_start, tiles, num_docs, num_parts, G, BLOCK, STRIDE, WINDOW)
     if begin < end:
-        mbarrier.expect(ready, WARPGROUPS * KEYS * 2 * D * (keys.dtype.primitive_bitwidth // 8))
-        for part in gl.static_range(WARPGROUPS):
-            tma.async_copy_global_to_shared(keys, [base + part * KEYS, head * D], ready, k_tiles.index(part))
-            tma.async_copy_global_to_shared(values, [base + part * KEYS, head * D], ready, v_tiles.index(part))
+        if WHICH == 0:
+            mbarrier.expect(ready, WARPGROUPS * KEYS * 2 * D * (keys.dtype.primitive_bitwidth // 8))
+            for part in gl.static_range(WARPGROUPS):
+                tma.async_copy_global_to_shared(keys, [base + part * KEYS, head * D], ready, k_tiles.index(part))
+                tma.async_copy_global_to_shared(values, [base + part * KEYS, head * D], ready, v_tiles.index(part))
         nth = gl.arange(0, ROWS, by_lane) // G
-        row_lse, row_delta, gate = load_stats(lse, delta, gates, first + begin + nth, begin + nth < end, head, BRANCH, HQ, G, by_lane)
-        for place in range(begin, end, TOKENS):
-            after = place + TOKENS + nth
+        here = begin + WHICH * TOKENS + nth
+        row_lse, row_delta, gate = load_stats(lse, delta, gates, first + here, here < end, head, BRANCH, HQ, G, by_lane)
+        for place in range(begin + WHICH * TOKENS, end, PRODUCERS * TOKENS):
+            after = place + PRODUCERS * TOKENS + nth
             next_lse, next_delta, next_gate = load_stats(lse, delta, gates, first + after, after < end, head, BRANCH, HQ, G, by_lane)
             high = keys_before(start + place + nth, BLOCK, STRIDE) - at
             fill(
-                q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, full, empty, (place - begin) // TOKENS, first + place + nth,
+                q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, edges, full, empty, (place - begin) // TOKENS, first + place + nth,
                 row_lse, row_delta, gate, high, head,
                 HQ, G, D, STAGES, by_lane,
             )  # fmt: skip
@@ -77,7 +79,7 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, ready, full, empty, grad_k, grad_v, part_stride, cu_q, key_starts, q_start, tiles, num_docs,
+    k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, grad_k, grad_v, part_stride, cu_q, key_starts, q_start, tiles, num_docs,
     num_parts, scale, raw_scale, WHICH: gl.constexpr,
     HKV: gl.constexpr, G: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -88,7 +90,7 @@ def _consume(
         mbarrier.wait(ready, 0)
     steps = (gl.maximum(end - begin, 0) + TOKENS - 1) // TOKENS
     dk, dv = add_rows(
-        k_tiles.index(WHICH), v_tiles.index(WHICH), q_tiles, grad_tiles, stats, sees, grad_k, full, empty, 0, steps, 1, 0, WHICH * KEYS, scale,
+        k_tiles.index(WHICH), v_tiles.index(WHICH), q_tiles, grad_tiles, stats, sees, edges, grad_k, full, empty, 0, steps, 1, 0, WHICH * KEYS, scale,
         WINDOW, D, STAGES, False, G, 1,
     )  # fmt: skip
     column = WHICH * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, outputs))
@@ -114,6 +116,7 @@ def banded_grad_kv(
     grad_tiles = gl.allocate_shared_memory(keys.dtype, [STAGES, ROWS, D], keys.layout)
     stats = gl.allocate_shared_memory(gl.float32, [3 * STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     sees = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    edges = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -125,13 +128,19 @@ def banded_grad_kv(
     # Tuples written in place: once they have a name their constants are numbers at run time.
     gl.warp_specialize(
         [
-            (_consume, (k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, ready, full, empty, grad_k, grad_v, part_stride, cu_q, key_starts, q_start,
+            (_consume, (k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, grad_k, grad_v, part_stride, cu_q, key_starts, q_start,
                         tiles, num_docs, num_parts, scale, raw_scale, 0, HKV, G, BLOCK, STRIDE, WINDOW, D, STAGES)),
-            (_consume, (k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, ready, full, empty, grad_k, grad_v, part_stride, cu_q, key_starts, q_start,
+            (_consume, (k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, grad_k, grad_v, part_stride, cu_q, key_starts, q_start,
                         tiles, num_docs, num_parts, scale, raw_scale, 1, HKV, G, BLOCK, STRIDE, WINDOW, D, STAGES)),
-            (_produce, (keys, values, q_rows, grad_rows, k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, ready, full, empty, lse, delta, gates,
-                        cu_q, key_starts, q_start, tiles, num_docs, num_parts, HQ, G, BLOCK, STRIDE, WINDOW, D, STAGES)),
+            (_produce, (keys, values, q_rows, grad_rows, k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, lse, delta, gates,
+                        cu_q, key_starts, q_start, tiles, num_docs, num_parts, 0, HQ, G, BLOCK, STRIDE, WINDOW, D, STAGES)),
+            (_produce, (keys, values, q_rows, grad_rows, k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, lse, delta, gates,
+                        cu_q, key_starts, q_start, tiles, num_docs, num_parts, 1, HQ, G, BLOCK, STRIDE, WINDOW, D, STAGES)),
+            (_produce, (keys, values, q_rows, grad_rows, k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, lse, delta, gates,
+                        cu_q, key_starts, q_start, tiles, num_docs, num_parts, 2, HQ, G, BLOCK, STRIDE, WINDOW, D, STAGES)),
+            (_produce, (keys, values, q_rows, grad_rows, k_tiles, v_tiles, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, lse, delta, gates,
+                        cu_q, key_starts, q_start, tiles, num_docs, num_parts, 3, HQ, G, BLOCK, STRIDE, WINDOW, D, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1, 1, 1],
+        [240, 24, 24, 24, 24],
     )  # fmt: skip

@@ -12,10 +12,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_transformer.kernels.triton.hopper import left_operand
+from nsa_transformer.kernels.triton.hopper import left_operand, read_number
 
 ROWS = gl.constexpr(32)  # of a tile
 KEYS = gl.constexpr(64)  # of a warpgroup
+PRODUCERS = gl.constexpr(4)  # warps that take turns at the tiles: a warp waits for one tile's numbers while the others' are on their way
 
 # One barrier under two names: Triton 3.7 and 3.6.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -38,17 +39,22 @@ def load_stats(lse, delta, gates, token, inside, head, BRANCH: gl.constexpr, HQ:
 
 @gluon.jit
 def fill(
-    q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, full, empty, step, token, row_lse, row_delta, gate, high, head,
+    q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, edges, full, empty, step, token, row_lse, row_delta, gate, high, head,
     HQ: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """One tile of rows into its stage, once that is free: boxes of the tokens, and beside them lse, delta, gate and how many keys each row sees."""
+    single: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     stage = step % STAGES
     row = gl.arange(0, ROWS, LAYOUT)
+    fewest = gl.min(high, 0)
+    most = gl.max(high, 0)
     mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
     stats.index(3 * stage).store(row_lse)
     stats.index(3 * stage + 1).store(row_delta)
     stats.index(3 * stage + 2).store(gate)
     sees.index(stage).store(high)
+    edges.index(2 * stage).store(gl.full([1], fewest, gl.int32, single))
+    edges.index(2 * stage + 1).store(gl.full([1], most, gl.int32, single))
     _barrier()  # one thread arrives for all that stored
     mbarrier.expect(full.index(stage), ROWS * 2 * D * (q_tiles.dtype.primitive_bitwidth // 8))
     for i in gl.static_range(ROWS // G):
@@ -71,51 +77,79 @@ def store_scores(ds, grad_scores, first, count, G: gl.constexpr, SELECT: gl.cons
 
 
 @gluon.jit
-def add_rows(
-    k_tile, v_tile, q_tiles, grad_tiles, stats, sees, grad_scores, full, empty, first_step, steps, every, tokens, offset, scale,
-    WINDOW: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, STORE: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr,
+def _start(k_tile, v_tile, q_tiles, grad_tiles, stage):
+    """Under way: scores and dP of one tile of rows, [KEYS, ROWS]."""
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    s = gl.zeros([KEYS, ROWS], gl.float32, scores)
+    s = warpgroup_mma(k_tile, q_tiles.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    dp = gl.zeros([KEYS, ROWS], gl.float32, scores)
+    return s, warpgroup_mma(v_tile, grad_tiles.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_tile(
+    s, dp, dk, dv, q_tiles, grad_tiles, stats, sees, edges, grad_scores, stage, first, tokens, offset, scale,
+    WINDOW: gl.constexpr, D: gl.constexpr, STORE: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr,
 ):  # fmt: skip
-    """dk (less its scale) and dv [KEYS, D] from every `every`-th tile of rows. Row r sees keys below sees[r] - offset, of a WINDOW the last so many.
-    With STORE, the scores' gradients of `tokens` tokens go to grad_scores."""
+    """dk and dv with one tile of rows, the sums under way."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     by_row: gl.constexpr = gl.SliceLayout(0, scores)
-    DTYPE: gl.constexpr = k_tile.dtype
+    DTYPE: gl.constexpr = q_tiles.dtype
+    p = gl.exp2(s * scale - gl.expand_dims(stats.index(3 * stage).load(by_row), 0))
+    edge = read_number(edges, 2 * stage) - offset < KEYS
+    if WINDOW > 0:
+        edge = edge | (read_number(edges, 2 * stage + 1) - offset > WINDOW)
+    if edge:
+        high = sees.index(stage).load(by_row) - offset
+        key = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(1, scores)), 1)
+        visible = key < gl.expand_dims(high, 0)
+        if WINDOW > 0:
+            visible = visible & (key >= gl.expand_dims(high - WINDOW, 0))
+        p = gl.where(visible, p, 0.0)
+    p = p * gl.expand_dims(stats.index(3 * stage + 2).load(by_row), 0)
+    dv = warpgroup_mma(left_operand(p, DTYPE, outputs), grad_tiles.index(stage), dv, is_async=True)
+    ds = p * (dp - gl.expand_dims(stats.index(3 * stage + 1).load(by_row), 0))
+    dk = warpgroup_mma(left_operand(ds, DTYPE, outputs), q_tiles.index(stage), dk, is_async=True)
+    if STORE:
+        store_scores(ds.to(DTYPE), grad_scores, first, tokens - first, G, SELECT)
+    return dk, dv
+
+
+@gluon.jit
+def add_rows(
+    k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, grad_scores, full, empty, first_step, steps, every, tokens, offset, scale,
+    WINDOW: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, STORE: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr,
+):  # fmt: skip
+    """dk (less its scale) and dv [KEYS, D] from every `every`-th tile of rows. Row r sees keys below sees[r] - offset, of a WINDOW the last so many.
+    With STORE, the scores' gradients of `tokens` tokens go to grad_scores; tiles come from the last one on."""
+    outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dk = gl.zeros([KEYS, D], gl.float32, outputs)
     dv = gl.zeros([KEYS, D], gl.float32, outputs)
-    for step in range(first_step, steps, every):
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        q_tile = q_tiles.index(stage)
-        grad_tile = grad_tiles.index(stage)
-        s = gl.zeros([KEYS, ROWS], gl.float32, scores)
-        s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), s, use_acc=False, is_async=True)
-        dp = gl.zeros([KEYS, ROWS], gl.float32, scores)
-        dp = warpgroup_mma(v_tile, grad_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
-        row_lse = stats.index(3 * stage).load(by_row)
-        gate = stats.index(3 * stage + 2).load(by_row)
-        high = sees.index(stage).load(by_row) - offset
-        s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale - gl.expand_dims(row_lse, 0))
-        edge = gl.min(high, 0) < KEYS
-        if WINDOW > 0:
-            edge = edge | (gl.max(high, 0) > WINDOW)
-        if edge:
-            key = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(1, scores)), 1)
-            visible = key < gl.expand_dims(high, 0)
-            if WINDOW > 0:
-                visible = visible & (key >= gl.expand_dims(high - WINDOW, 0))
-            p = gl.where(visible, p, 0.0)
-        p = p * gl.expand_dims(gate, 0)
-        dv = warpgroup_mma(left_operand(p, DTYPE, outputs), grad_tile, dv, is_async=True)
-        row_delta = stats.index(3 * stage + 1).load(by_row)
-        dp = warpgroup_mma_wait(1, deps=[dp])
-        ds = p * (dp - gl.expand_dims(row_delta, 0))
-        dk = warpgroup_mma(left_operand(ds, DTYPE, outputs), q_tile, dk, is_async=True)
-        if STORE:
-            first = (steps - 1 - step) * (ROWS // G)  # tiles come from the last one on
-            store_scores(ds.to(DTYPE), grad_scores, first, tokens - first, G, SELECT)
-        dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+    if first_step < steps:
+        stage = first_step % STAGES
+        mbarrier.wait(full.index(stage), (first_step // STAGES) & 1)
+        s, dp = _start(k_tile, v_tile, q_tiles, grad_tiles, stage)
+        s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+        before = first_step
+        for step in range(first_step + every, steps, every):
+            next_stage = step % STAGES
+            mbarrier.wait(full.index(next_stage), (step // STAGES) & 1)
+            # The next tile's products are under way while this one's probabilities are computed.
+            next_s, next_dp = _start(k_tile, v_tile, q_tiles, grad_tiles, next_stage)
+            first = (steps - 1 - before) * (ROWS // G)
+            dk, dv = _add_tile(
+                s, dp, dk, dv, q_tiles, grad_tiles, stats, sees, edges, grad_scores, stage, first, tokens, offset, scale, WINDOW, D, STORE, G, SELECT
+            )
+            dk, dv, s, dp = warpgroup_mma_wait(0, deps=[dk, dv, next_s, next_dp])
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage = next_stage
+            before = step
+        first = (steps - 1 - before) * (ROWS // G)
+        dk, dv = _add_tile(
+            s, dp, dk, dv, q_tiles, grad_tiles, stats, sees, edges, grad_scores, stage, first, tokens, offset, scale, WINDOW, D, STORE, G, SELECT
+        )
+        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         mbarrier.arrive(empty.index(stage), count=1)
     return dk, dv
 

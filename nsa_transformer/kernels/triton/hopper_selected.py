@@ -16,6 +16,7 @@ from nsa_transformer.kernels.triton.hopper import (
     fold,
     left_operand,
     load_queries,
+    read_number,
     row_max,
     scale_rows,
     start_scores,
@@ -53,11 +54,6 @@ def produce_selected(
                 step += 1
             block = next_block
             chosen = next_chosen
-
-
-@gluon.jit
-def read_number(numbers, stage):
-    return gl.max(numbers.index(stage).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from nsa_transformer.kernels.triton.hopper import find_document
-from nsa_transformer.kernels.triton.hopper_grad_kv import KEYS, ROWS, add_rows, fill, load_stats, store_sums
+from nsa_transformer.kernels.triton.hopper_grad_kv import KEYS, PRODUCERS, ROWS, add_rows, fill, load_stats, store_sums
 
 WARPGROUPS = gl.constexpr(2)
 
@@ -41,8 +41,8 @@ def _item(
 
 @gluon.jit
 def _produce(
-    keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, ready, full, empty, tokens, starts, segments, lse, delta, gates,
-    cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens,
+    keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, tokens, starts, segments, lse, delta, gates,
+    cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens, WHICH: gl.constexpr,
     HQ: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = ROWS // G
@@ -50,24 +50,27 @@ def _produce(
     by_lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     _, _, head, base, _, begin, count, _, shift = _item(starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, HKV, SELECT)
     if count > 0:
-        mbarrier.expect(ready, KEYS * 2 * D * BYTES)
-        tma.async_copy_global_to_shared(keys, [base, head * D], ready, k_tile)
-        tma.async_copy_global_to_shared(values, [base, head * D], ready, v_tile)
+        if WHICH == 0:
+            mbarrier.expect(ready, KEYS * 2 * D * BYTES)
+            tma.async_copy_global_to_shared(keys, [base, head * D], ready, k_tile)
+            tma.async_copy_global_to_shared(values, [base, head * D], ready, v_tile)
         end = begin + count
         nth = gl.arange(0, ROWS, by_lane) // G
         steps = (count + TOKENS - 1) // TOKENS
         last = begin + (steps - 1) * TOKENS + nth
-        # From the last token on, see `lists.Choosers`. Tokens are read two tiles ahead, what belongs to their rows one. Past the list comes a token that
+        # From the last token on, see `lists.Choosers`. Tokens are read two turns ahead, what belongs to their rows one. Past the list comes a token that
         # does not exist: rows of zeros.
-        here = gl.load(tokens + last, mask=last < end, other=num_tokens)
-        ahead = gl.load(tokens + last - TOKENS, mask=last - TOKENS >= begin, other=num_tokens)
+        place = last - WHICH * TOKENS
+        here = gl.load(tokens + place, mask=(place >= begin) & (place < end), other=num_tokens)
+        place -= PRODUCERS * TOKENS
+        ahead = gl.load(tokens + place, mask=place >= begin, other=num_tokens)
         row_lse, row_delta, gate = load_stats(lse, delta, gates, here, here < num_tokens, head, 1, HQ, G, by_lane)
-        for step in range(steps):
-            after = last - (step + 2) * TOKENS
-            later = gl.load(tokens + after, mask=after >= begin, other=num_tokens)
+        for step in range(WHICH, steps, PRODUCERS):
+            place -= PRODUCERS * TOKENS
+            later = gl.load(tokens + place, mask=place >= begin, other=num_tokens)
             next_lse, next_delta, next_gate = load_stats(lse, delta, gates, ahead, ahead < num_tokens, head, 1, HQ, G, by_lane)
             fill(
-                q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, full, empty, step, here, row_lse, row_delta, gate, here + shift, head,
+                q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, edges, full, empty, step, here, row_lse, row_delta, gate, here + shift, head,
                 HQ, G, D, STAGES, by_lane,
             )  # fmt: skip
             here = ahead
@@ -79,7 +82,7 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    k_tile, v_tile, q_tiles, grad_tiles, stats, sees, exchange, ready, full, empty, done, starts, segments, shared,
+    k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, exchange, ready, full, empty, done, starts, segments, shared,
     grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, WHICH: gl.constexpr,
     HKV: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, STORE: gl.constexpr,
 ):  # fmt: skip
@@ -95,7 +98,7 @@ def _consume(
     if STORE:
         to += (begin - gl.load(starts + first_owner)).to(gl.int64) * (SELECT * G) + gl.program_id(1) * KEYS * G
     dk, dv = add_rows(
-        k_tile, v_tile, q_tiles, grad_tiles, stats, sees, to, full, empty, WHICH, steps, WARPGROUPS, count, 0, scale, 0, D, STAGES, STORE, G, SELECT
+        k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, to, full, empty, WHICH, steps, WARPGROUPS, count, 0, scale, 0, D, STAGES, STORE, G, SELECT
     )
     if WHICH == 1:
         exchange.index(0).store(dk)
@@ -131,6 +134,7 @@ def selected_grad_kv(
     grad_tiles = gl.allocate_shared_memory(keys.dtype, [STAGES, ROWS, D], keys.layout)
     stats = gl.allocate_shared_memory(gl.float32, [3 * STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     sees = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    edges = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     exchange = gl.allocate_shared_memory(gl.float32, [2, KEYS, D], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -145,16 +149,25 @@ def selected_grad_kv(
     # Tuples written in place: once they have a name their constants are numbers at run time.
     gl.warp_specialize(
         [
-            (_consume, (k_tile, v_tile, q_tiles, grad_tiles, stats, sees, exchange, ready, full, empty, done, starts, segments, shared,
+            (_consume, (k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, exchange, ready, full, empty, done, starts, segments, shared,
                         grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, 0,
                         HKV, G, SELECT, D, STAGES, STORE)),
-            (_consume, (k_tile, v_tile, q_tiles, grad_tiles, stats, sees, exchange, ready, full, empty, done, starts, segments, shared,
+            (_consume, (k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, exchange, ready, full, empty, done, starts, segments, shared,
                         grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, 1,
                         HKV, G, SELECT, D, STAGES, STORE)),
-            (_produce, (keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, ready, full, empty, tokens, starts, segments,
-                        lse, delta, gates, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens,
+            (_produce, (keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, tokens, starts, segments,
+                        lse, delta, gates, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens, 0,
+                        HQ, HKV, G, SELECT, D, STAGES)),
+            (_produce, (keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, tokens, starts, segments,
+                        lse, delta, gates, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens, 1,
+                        HQ, HKV, G, SELECT, D, STAGES)),
+            (_produce, (keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, tokens, starts, segments,
+                        lse, delta, gates, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens, 2,
+                        HQ, HKV, G, SELECT, D, STAGES)),
+            (_produce, (keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, tokens, starts, segments,
+                        lse, delta, gates, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens, 3,
                         HQ, HKV, G, SELECT, D, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1, 1, 1],
+        [232, 40, 40, 40, 40],
     )  # fmt: skip
