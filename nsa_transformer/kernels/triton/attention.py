@@ -34,7 +34,7 @@ from nsa_transformer.kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 SCORE_TABLE = 1 << 26  # float32 entries of the table of importances, 256 MiB
 ROWS_IN_CACHE = 1 << 24  # bytes
-STORED_SCORES = 1 << 31  # bytes
+STORED_SCORES = 1 << 30  # bytes, of as many heads as fit; one head alone may take four times as much
 SELECT_CHUNK = 1024  # blocks that selection looks at together
 
 
@@ -367,7 +367,7 @@ def _stored_dq(pack: _Pack, union: lists.Union, starts: Tensor, scores: Tensor, 
 def _stored_heads(pack: _Pack, blocks: Tensor) -> int:
     """For how many key/value heads at a time the gradients of the selected scores are stored between dk, dv and dq; 0: one head's are too large."""
     size = blocks.shape[0] * blocks.shape[2] * pack.group * pack.config.select_block * pack.q.element_size()
-    return 0 if size > 2 * STORED_SCORES else min(pack.hkv, max(1, STORED_SCORES // max(size, 1)))
+    return 0 if size > 4 * STORED_SCORES else min(pack.hkv, max(1, STORED_SCORES // max(size, 1)))
 
 
 def selected_gradients(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from nsa_transformer.kernels.triton.hopper import find_document, keys_before
-from nsa_transformer.kernels.triton.hopper_grad_kv import KEYS, PRODUCERS, ROWS, add_rows, fill, load_stats, store_sums
+from nsa_transformer.kernels.triton.hopper_grad_kv import KEYS, add_rows, fill, load_stats, store_sums
 
 WARPGROUPS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # of a tile
+PRODUCERS = gl.constexpr(4)  # warps
 
 
 @gluon.jit
@@ -120,6 +122,8 @@ def banded_grad_kv(
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # Barriers tell one round of a stage from the next alone, so no producer may be two rounds ahead.
+    gl.static_assert(STAGES >= PRODUCERS)
     mbarrier.init(ready, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
@@ -142,5 +146,5 @@ def banded_grad_kv(
                         cu_q, key_starts, q_start, tiles, num_docs, num_parts, 3, HQ, G, BLOCK, STRIDE, WINDOW, D, STAGES)),
         ],
         [4, 1, 1, 1, 1],
-        [240, 24, 24, 24, 24],
+        [232, 40, 40, 40, 40],
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """dk and dv of a tile of keys for compute capability 9.0, in Gluon: what the selected and the banded kernels share.
 
-The producer warp fetches query rows as boxes: a token's rows of one key/value head, G of q and G of dO, lie side by side in memory. Two warpgroups
-attend to tiles of 32 rows. Scores are [keys, rows], so that probabilities are the left operands of the sums they go into.
+Producer warps fetch query rows as boxes: a token's rows of one key/value head, G of q and G of dO, lie side by side in memory. They take turns at the
+tiles: while one waits for a tile's numbers, those of the next tiles are on their way to the others. Two warpgroups attend to the tiles. Scores are [keys, rows], so that probabilities are the left operands of the sums they go into.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_transformer.kernels.triton.hopper import left_operand, read_number
 
-ROWS = gl.constexpr(32)  # of a tile
 KEYS = gl.constexpr(64)  # of a warpgroup
-PRODUCERS = gl.constexpr(4)  # warps that take turns at the tiles: a warp waits for one tile's numbers while the others' are on their way
 
 # One barrier under two names: Triton 3.7 and 3.6.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -31,6 +29,7 @@ def row_descriptor(x: Tensor, group: int) -> TensorDescriptor:
 @gluon.jit
 def load_stats(lse, delta, gates, token, inside, head, BRANCH: gl.constexpr, HQ: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr):
     """Of a tile's rows what the softmax needs; rows that do not exist get probabilities of 0."""
+    ROWS: gl.constexpr = token.shape[0]
     pair = gl.where(inside, token, 0).to(gl.int64) * HQ + head * G + gl.arange(0, ROWS, LAYOUT) % G
     row_lse = gl.load(lse + pair, mask=inside, other=float("inf"))
     row_delta = gl.load(delta + pair, mask=inside, other=0.0)
@@ -42,8 +41,10 @@ def fill(
     q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, edges, full, empty, step, token, row_lse, row_delta, gate, high, head,
     HQ: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """One tile of rows into its stage, once that is free: boxes of the tokens, and beside them lse, delta, gate and how many keys each row sees."""
+    """One tile of rows into its stage, once that is free: boxes of the tokens, and beside them lse, delta, gate and how many keys each row sees; in
+    `edges` the fewest and the most of these."""
     single: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ROWS: gl.constexpr = q_tiles.shape[1]
     stage = step % STAGES
     row = gl.arange(0, ROWS, LAYOUT)
     fewest = gl.min(high, 0)
@@ -67,6 +68,7 @@ def fill(
 def store_scores(ds, grad_scores, first, count, G: gl.constexpr, SELECT: gl.constexpr):
     """ds [KEYS, ROWS] to grad_scores [tokens, SELECT, G], tokens first … first + count of the tile's. A thread holds rows 2i, 2i + 1, 2i + 8 and 2i + 9 of
     sixteen: they are stored side by side, as `selected_q.member_of` knows."""
+    ROWS: gl.constexpr = ds.shape[1]
     ds = gl.permute(gl.reshape(ds, [KEYS, ROWS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
     ds = gl.reshape(ds, [KEYS, ROWS])
     LAYOUT: gl.constexpr = ds.type.layout
@@ -77,79 +79,50 @@ def store_scores(ds, grad_scores, first, count, G: gl.constexpr, SELECT: gl.cons
 
 
 @gluon.jit
-def _start(k_tile, v_tile, q_tiles, grad_tiles, stage):
-    """Under way: scores and dP of one tile of rows, [KEYS, ROWS]."""
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    s = gl.zeros([KEYS, ROWS], gl.float32, scores)
-    s = warpgroup_mma(k_tile, q_tiles.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
-    dp = gl.zeros([KEYS, ROWS], gl.float32, scores)
-    return s, warpgroup_mma(v_tile, grad_tiles.index(stage).permute((1, 0)), dp, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _add_tile(
-    s, dp, dk, dv, q_tiles, grad_tiles, stats, sees, edges, grad_scores, stage, first, tokens, offset, scale,
-    WINDOW: gl.constexpr, D: gl.constexpr, STORE: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr,
-):  # fmt: skip
-    """dk and dv with one tile of rows, the sums under way."""
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    by_row: gl.constexpr = gl.SliceLayout(0, scores)
-    DTYPE: gl.constexpr = q_tiles.dtype
-    p = gl.exp2(s * scale - gl.expand_dims(stats.index(3 * stage).load(by_row), 0))
-    edge = read_number(edges, 2 * stage) - offset < KEYS
-    if WINDOW > 0:
-        edge = edge | (read_number(edges, 2 * stage + 1) - offset > WINDOW)
-    if edge:
-        high = sees.index(stage).load(by_row) - offset
-        key = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(1, scores)), 1)
-        visible = key < gl.expand_dims(high, 0)
-        if WINDOW > 0:
-            visible = visible & (key >= gl.expand_dims(high - WINDOW, 0))
-        p = gl.where(visible, p, 0.0)
-    p = p * gl.expand_dims(stats.index(3 * stage + 2).load(by_row), 0)
-    dv = warpgroup_mma(left_operand(p, DTYPE, outputs), grad_tiles.index(stage), dv, is_async=True)
-    ds = p * (dp - gl.expand_dims(stats.index(3 * stage + 1).load(by_row), 0))
-    dk = warpgroup_mma(left_operand(ds, DTYPE, outputs), q_tiles.index(stage), dk, is_async=True)
-    if STORE:
-        store_scores(ds.to(DTYPE), grad_scores, first, tokens - first, G, SELECT)
-    return dk, dv
-
-
-@gluon.jit
 def add_rows(
     k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, grad_scores, full, empty, first_step, steps, every, tokens, offset, scale,
     WINDOW: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, STORE: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr,
 ):  # fmt: skip
     """dk (less its scale) and dv [KEYS, D] from every `every`-th tile of rows. Row r sees keys below sees[r] - offset, of a WINDOW the last so many.
     With STORE, the scores' gradients of `tokens` tokens go to grad_scores; tiles come from the last one on."""
+    ROWS: gl.constexpr = q_tiles.shape[1]
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    by_row: gl.constexpr = gl.SliceLayout(0, scores)
+    DTYPE: gl.constexpr = k_tile.dtype
     dk = gl.zeros([KEYS, D], gl.float32, outputs)
     dv = gl.zeros([KEYS, D], gl.float32, outputs)
-    if first_step < steps:
-        stage = first_step % STAGES
-        mbarrier.wait(full.index(stage), (first_step // STAGES) & 1)
-        s, dp = _start(k_tile, v_tile, q_tiles, grad_tiles, stage)
-        s, dp = warpgroup_mma_wait(0, deps=[s, dp])
-        before = first_step
-        for step in range(first_step + every, steps, every):
-            next_stage = step % STAGES
-            mbarrier.wait(full.index(next_stage), (step // STAGES) & 1)
-            # The next tile's products are under way while this one's probabilities are computed.
-            next_s, next_dp = _start(k_tile, v_tile, q_tiles, grad_tiles, next_stage)
-            first = (steps - 1 - before) * (ROWS // G)
-            dk, dv = _add_tile(
-                s, dp, dk, dv, q_tiles, grad_tiles, stats, sees, edges, grad_scores, stage, first, tokens, offset, scale, WINDOW, D, STORE, G, SELECT
-            )
-            dk, dv, s, dp = warpgroup_mma_wait(0, deps=[dk, dv, next_s, next_dp])
-            mbarrier.arrive(empty.index(stage), count=1)
-            stage = next_stage
-            before = step
-        first = (steps - 1 - before) * (ROWS // G)
-        dk, dv = _add_tile(
-            s, dp, dk, dv, q_tiles, grad_tiles, stats, sees, edges, grad_scores, stage, first, tokens, offset, scale, WINDOW, D, STORE, G, SELECT
-        )
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+    for step in range(first_step, steps, every):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        q_tile = q_tiles.index(stage)
+        grad_tile = grad_tiles.index(stage)
+        s = gl.zeros([KEYS, ROWS], gl.float32, scores)
+        s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+        dp = gl.zeros([KEYS, ROWS], gl.float32, scores)
+        dp = warpgroup_mma(v_tile, grad_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
+        # A number for each row is many registers: they are read where they are used.
+        s = warpgroup_mma_wait(1, deps=[s])
+        p = gl.exp2(s * scale - gl.expand_dims(stats.index(3 * stage).load(by_row), 0))
+        edge = read_number(edges, 2 * stage) - offset < KEYS
+        if WINDOW > 0:
+            edge = edge | (read_number(edges, 2 * stage + 1) - offset > WINDOW)
+        if edge:
+            high = sees.index(stage).load(by_row) - offset
+            key = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(1, scores)), 1)
+            visible = key < gl.expand_dims(high, 0)
+            if WINDOW > 0:
+                visible = visible & (key >= gl.expand_dims(high - WINDOW, 0))
+            p = gl.where(visible, p, 0.0)
+        p = p * gl.expand_dims(stats.index(3 * stage + 2).load(by_row), 0)
+        dv = warpgroup_mma(left_operand(p, DTYPE, outputs), grad_tile, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        ds = p * (dp - gl.expand_dims(stats.index(3 * stage + 1).load(by_row), 0))
+        dk = warpgroup_mma(left_operand(ds, DTYPE, outputs), q_tile, dk, is_async=True)
+        if STORE:
+            first = (steps - 1 - step) * (ROWS // G)
+            store_scores(ds.to(DTYPE), grad_scores, first, tokens - first, G, SELECT)
+        dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
         mbarrier.arrive(empty.index(stage), count=1)
     return dk, dv
 

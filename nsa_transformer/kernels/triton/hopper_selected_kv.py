@@ -1,4 +1,4 @@
-"""`selected.selected_grad_kv` for compute capability 9.0, in Gluon; see `hopper_grad_kv`. The producer warp follows the list of tokens; the
+"""`selected.selected_grad_kv` for compute capability 9.0, in Gluon; see `hopper_grad_kv`. Producer warps follow the list of tokens; the
 warpgroups take turns at its tiles of rows, and add their sums at the end."""
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from nsa_transformer.kernels.triton.hopper import find_document
-from nsa_transformer.kernels.triton.hopper_grad_kv import KEYS, PRODUCERS, ROWS, add_rows, fill, load_stats, store_sums
+from nsa_transformer.kernels.triton.hopper_grad_kv import KEYS, add_rows, fill, load_stats, store_sums
 
 WARPGROUPS = gl.constexpr(2)
+ROWS = gl.constexpr(32)  # of a tile
+PRODUCERS = gl.constexpr(4)  # warps
 
 
 @gluon.jit
@@ -140,6 +142,9 @@ def selected_grad_kv(
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # Barriers tell one round of a stage from the next alone. So that no producer is two rounds ahead of the warpgroups, and no warpgroup of the
+    # producers, a stage is always the same warpgroup's, and a producer's tile before has been waited for.
+    gl.static_assert(STAGES >= PRODUCERS and STAGES % 2 == 0 and PRODUCERS % 2 == 0)
     mbarrier.init(ready, count=1)
     mbarrier.init(done, count=1)
     for stage in gl.static_range(STAGES):

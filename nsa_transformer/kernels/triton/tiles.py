@@ -56,7 +56,7 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
         gluon_q = Tile(128, 64, 4, 5, gluon=True) if gluon else None
         boxes = gluon is not None and group in (8, 16, 32)  # a token's rows fill whole rows of the shared memory's pattern
         large_boxes = boxes and group > 8  # where tiles are few or far apart, four copies a tile cost more than they save
-        band_kv = Tile(32, 128, 4, 8, gluon=True)
+        band_kv = Tile(64, 128, 4, 4, gluon=True)
         tokens = -(-192 // group)  # lists of a tile's blocks hold at most 64
         return Tiles(
             band=gluon or (Tile(128, 64, 4, 2) if capability >= (9, 0) else Tile(64, 64, 4, 2)),
