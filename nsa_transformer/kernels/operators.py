@@ -135,7 +135,8 @@ def triton_op(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output and blocks; with `save`, for the backward, each branch's output [3, T, Hq, Dv] and log-sum-exp [3, T, Hq], else empty."""
+    """Output and blocks; with `save`, for the backward, each branch's output [3, T, Hq, Dv] and log-sum-exp [3, T, Hq] (float32 [3, T, Hq, 2], in two parts),
+    else empty."""
     from nsa_transformer.kernels.triton import attention
 
     config = _config(geometry)
@@ -150,7 +151,8 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens, cu_seqlens
     width = geometry[3] if blocks is None else blocks.shape[-1]
     shape = (q.shape[0], q.shape[1], v_cmp.shape[-1])
     used = q.new_empty(q.shape[0], k_slc.shape[1], width, dtype=torch.int32)
-    outs, lse = ((3, *shape), (3, *shape[:2])) if save else ((0,), (0,))
+    parts = (2,) if q.dtype == torch.float32 else ()
+    outs, lse = ((3, *shape), (3, *shape[:2], *parts)) if save else ((0,), (0,))
     return q.new_empty(shape), used, q.new_empty(outs), q.new_empty(lse, dtype=torch.float32)
 
 

@@ -62,7 +62,8 @@ class _Pack:
         tiles = choose_tiles(q.shape[2], v_cmp.shape[2], q.element_size(), group, config.select_block, _capability(q.device))
         plan = make_plan(
             cu_q, cu_k, group, config.compress_block, config.compress_stride, config.select_block,
-            tiles.band.rows, tiles.band_q.rows, tiles.selected.rows, tiles.selected_q.rows, tiles.stored_q.rows, tiles.score.rows, tiles.compressed_kv.keys, tiles.window_kv.keys,
+            tiles.band.rows, tiles.band_q.rows, tiles.selected.rows, tiles.selected_q.rows, tiles.stored_q.rows, tiles.score.rows,
+            tiles.compressed_kv.keys, tiles.window_kv.keys,
         )  # fmt: skip
         compressed = (_clean(k_cmp, plan), _clean(v_cmp, plan))
         k_slc, v_slc, k_win, v_win = (by_rows(x) for x in others)
@@ -141,12 +142,13 @@ def forward(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [T, Hq, Dv]; blocks int32 [T, Hkv, n]; and for the backward, with `save`, the branches' outputs [3, T, Hq, Dv] and lse float32 [3, T, Hq]."""
+    """out [T, Hq, Dv]; blocks int32 [T, Hkv, n]; and for the backward, with `save`, the branches' outputs [3, T, Hq, Dv] and lse float32 [3, T, Hq]
+    (see `common.store_lse`)."""
     queries, heads, _ = q.shape
     hkv, width = keys_values[1].shape[1:]
     out = q.new_empty(queries, heads, width)
     outs = q.new_empty(3, queries, heads, width)
-    lse = q.new_empty(3, queries, heads, dtype=torch.float32)
+    lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     if queries == 0:
         return out, q.new_empty(0, hkv, config.num_selected if blocks is None else blocks.shape[2], dtype=torch.int32), *_saved(outs, lse, save)
     pack = _Pack.make(q, keys_values, gates, cu_q, cu_k, q_start, config, scale)
@@ -156,6 +158,12 @@ def forward(
     band_forward(pack, "window", outs[2], lse[2])
     attend_selected(pack, blocks, outs, out, lse[1], save)
     return out, blocks, *_saved(outs, lse, save)
+
+
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """See `common.store_lse`."""
+    shape = (3, q.shape[0], q.shape[1])
+    return (*shape, 2) if q.dtype == torch.float32 else shape
 
 
 def _saved(outs: Tensor, lse: Tensor, save: bool) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,11 @@ from nsa_transformer.kernels.triton.common import (
     grad_kv_step,
     grad_q_step,
     keys_before,
+    load_lse,
     load_pair,
     load_tile,
     load_token_rows,
+    store_lse,
     store_rows,
 )
 
@@ -76,7 +78,7 @@ def banded_forward(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out [T, Hq, Dv] and lse [T, Hq], log2 of the sum of exponentials, for one tile of query rows and one key/value head."""
+    """out [T, Hq, Dv] and lse, log2 of the sum of exponentials (see `store_lse`), for one tile of query rows and one key/value head."""
     if tl.program_id(0) >= tl.load(tiles + num_docs):
         return
     head = tl.program_id(1)
@@ -112,7 +114,7 @@ def banded_forward(
     store_rows(out, pair * (E0 + E1), inside, acc0 * inverse[:, None], 0, E0)
     if E1 > 0:
         store_rows(out, pair * (E0 + E1), inside, acc1 * inverse[:, None], E0, E1)
-    tl.store(lse + pair, row_lse, mask=inside)
+    store_lse(lse, pair, inside, top, inverse, row_lse, scale, PRECISION)
 
 
 @triton.jit(repr=_named("dq"), do_not_specialize=_RUNTIME)
@@ -157,7 +159,7 @@ def banded_grad_q(
     document, inside, t, pair = _row_tile(tiles, cu_q, q_start, num_docs, head, M, G, HQ, WINDOW == 0)
     q0, q1 = load_pair(q, pair // HQ * q_stride + pair % HQ * q_head_stride, inside, D0, D1)
     do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
-    row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
+    row_lse, factor = load_lse(lse, pair, inside, PRECISION)
     row_delta = tl.load(delta + pair, mask=inside, other=0.0)
     high = tl.where(inside, keys_before(t, BLOCK, STRIDE), 0)
     low = tl.maximum(t + 1 - WINDOW, 0)
@@ -174,7 +176,7 @@ def banded_grad_q(
         full = keys_before(tl.min(t, 0), BLOCK, STRIDE) // N * N
         for at in tl.range(0, full, N, num_stages=STAGES):
             dq0, dq1 = grad_q_step(
-                dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
+                dq0, dq1, q0, q1, do0, do1, row_lse, factor, row_delta, keys0, keys1, values0, values1,
                 base + at, head, at, low, high, scale, 0, D0, D1, E0, E1, PRECISION,
             )  # fmt: skip
         begin = full
@@ -182,7 +184,7 @@ def banded_grad_q(
         column = at + tl.arange(0, N)
         MASK: tl.constexpr = 2 if WINDOW > 0 else 1
         dq0, dq1 = grad_q_step(
-            dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
+            dq0, dq1, q0, q1, do0, do1, row_lse, factor, row_delta, keys0, keys1, values0, values1,
             base + at, head, column, low, high, scale, MASK, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     factor = raw_scale * tl.load(gates + pair * 3 + (2 if WINDOW > 0 else 0), mask=inside, other=0.0).to(tl.float32)

@@ -178,20 +178,32 @@ def attend_step(
 
 
 @triton.jit
-def accurate_log2(x):
-    """log2 of x >= 1. The GPU's own is off by 2^-22 of the result, 2e-6 of ten, which would scale all probabilities of a row by as much."""
-    bits = x.to(tl.int32, bitcast=True)
-    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    return ((bits >> 23) - 127).to(tl.float32) + tl.log2(mantissa)
-
-
-@triton.jit
 def finish_softmax(top, total, scale):
     """1 / sum and log2 sum exp of each row; a row that saw no key gets 0 and +inf, which makes its every probability 0 later."""
     seen = total > 0
     inverse = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
-    lse = tl.where(seen, top * scale + accurate_log2(tl.where(seen, total, 1.0)), float("inf"))
+    lse = tl.where(seen, top * scale + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
     return inverse, lse
+
+
+@triton.jit
+def store_lse(lse, pair, inside, top, inverse, row_lse, scale, PRECISION: tl.constexpr):
+    """lse float32 [T, Hq], for float32 inputs [T, Hq, 2]: there the maximum and 1 / sum apart. An lse of ten is rounded by 5e-7, and so would be every
+    exponent it is taken from: several times the error of a softmax that divides."""
+    if PRECISION == "ieee":
+        tl.store(lse + 2 * pair, tl.where(inverse > 0, top * scale, float("inf")), mask=inside)
+        tl.store(lse + 2 * pair + 1, inverse, mask=inside)
+    else:
+        tl.store(lse + pair, row_lse, mask=inside)
+
+
+@triton.jit
+def load_lse(lse, pair, inside, PRECISION: tl.constexpr):
+    """Of rows: p = factor * 2 ** (s * scale - lse). Rows that do not exist get probabilities of 0."""
+    if PRECISION == "ieee":
+        return tl.load(lse + 2 * pair, mask=inside, other=float("inf")), tl.load(lse + 2 * pair + 1, mask=inside, other=0.0)
+    row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
+    return row_lse, row_lse  # the factor is 1, and not used
 
 
 @triton.jit
@@ -203,6 +215,7 @@ def grad_q_step(
     do0,
     do1,
     lse,
+    factor,
     delta,
     keys0,
     keys1,
@@ -227,6 +240,8 @@ def grad_q_step(
     s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)
     dp = dot_pair(do0, do1, v0, v1, E1 > 0, PRECISION)
     p = tl.exp2(s * scale - lse[:, None])
+    if PRECISION == "ieee":
+        p = p * factor[:, None]
     if MASK == 1:
         p = tl.where(column[None, :] < high[:, None], p, 0.0)
     if MASK == 2:
@@ -269,13 +284,15 @@ def grad_kv_step(
 ):
     """dk, dv of a tile of keys += what M query rows give, whose indices token * Hq + head are `pair`; and the gradients of their scores, less the
     scale, in q's dtype. Scores are [N keys, M rows]."""
-    row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
+    row_lse, factor = load_lse(lse, pair, inside, PRECISION)
     row_delta = tl.load(delta + pair, mask=inside, other=0.0)
     gate = tl.load(gates + pair * 3 + BRANCH, mask=inside, other=0.0).to(tl.float32)
     # Both products before the arithmetic on either, so that the second runs beside it.
     s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)
     dp = dot_pair(v0, v1, do0, do1, E1 > 0, PRECISION)
     p = tl.exp2(s * scale - row_lse[None, :])
+    if PRECISION == "ieee":
+        p = p * factor[None, :]
     if MASK == 1:
         p = tl.where(column[:, None] < high[None, :], p, 0.0)
     if MASK == 2:

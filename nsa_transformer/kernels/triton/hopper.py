@@ -28,7 +28,6 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 # The same functions, compiled by Gluon: nothing in them names a layout.
 find_document = gluon.jit(common.find_document.fn)
 keys_before = gluon.jit(common.keys_before.fn)
-accurate_log2 = gluon.jit(common.accurate_log2.fn)
 
 
 @gluon.jit
@@ -107,5 +106,5 @@ def finish(acc, top, total, lse, pair, inside, scale, LAYOUT: gl.constexpr):
     """Stores lse and returns acc / total; a row that saw no key gets 0 and +inf."""
     seen = total > 0
     safe = gl.where(seen, total, 1.0)
-    gl.store(lse + pair, gl.where(seen, top * scale + accurate_log2(safe), float("inf")), mask=inside)
+    gl.store(lse + pair, gl.where(seen, top * scale + gl.log2(safe), float("inf")), mask=inside)
     return acc * gl.expand_dims(gl.convert_layout(gl.where(seen, 1.0 / safe, 0.0), gl.SliceLayout(1, LAYOUT)), 1)

@@ -1,7 +1,8 @@
 """dk and dv of a tile of keys for compute capability 9.0, in Gluon: what the selected and the banded kernels share.
 
 Producer warps fetch query rows as boxes: a token's rows of one key/value head, G of q and G of dO, lie side by side in memory. They take turns at the
-tiles: while one waits for a tile's numbers, those of the next tiles are on their way to the others. Two warpgroups attend to the tiles. Scores are [keys, rows], so that probabilities are the left operands of the sums they go into.
+tiles: while one waits for a tile's numbers, those of the next tiles are on their way to the others. Two warpgroups attend to the tiles. Scores are
+[keys, rows], so that probabilities are the left operands of the sums they go into.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def _produce(
     TOKENS: gl.constexpr = ROWS // G
     BYTES: gl.constexpr = keys.dtype.primitive_bitwidth // 8
     by_lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    _, _, head, base, _, begin, count, _, shift = _item(starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, HKV, SELECT)
+    _, _, head, base, _, begin, count, _, shift = _item(
+        starts, segments, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, HKV, SELECT
+    )
     if count > 0:
         if WHICH == 0:
             mbarrier.expect(ready, KEYS * 2 * D * BYTES)
@@ -85,7 +87,8 @@ def _produce(
 @gluon.jit
 def _consume(
     k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, exchange, ready, full, empty, done, starts, segments, shared,
-    grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, WHICH: gl.constexpr,
+    grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner,
+    scale, raw_scale, WHICH: gl.constexpr,
     HKV: gl.constexpr, G: gl.constexpr, SELECT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, STORE: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = ROWS // G
@@ -155,11 +158,11 @@ def selected_grad_kv(
     gl.warp_specialize(
         [
             (_consume, (k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, exchange, ready, full, empty, done, starts, segments, shared,
-                        grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, 0,
-                        HKV, G, SELECT, D, STAGES, STORE)),
+                        grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner,
+                        scale, raw_scale, 0, HKV, G, SELECT, D, STAGES, STORE)),
             (_consume, (k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, exchange, ready, full, empty, done, starts, segments, shared,
-                        grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, scale, raw_scale, 1,
-                        HKV, G, SELECT, D, STAGES, STORE)),
+                        grad_k, grad_v, parts_k, parts_v, grad_scores, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner,
+                        scale, raw_scale, 1, HKV, G, SELECT, D, STAGES, STORE)),
             (_produce, (keys, values, q_rows, grad_rows, k_tile, v_tile, q_tiles, grad_tiles, stats, sees, edges, ready, full, empty, tokens, starts, segments,
                         lse, delta, gates, cu_q, cu_k, q_start, block_starts, num_docs, num_blocks, segment, first_owner, end_owner, num_tokens, 0,
                         HQ, HKV, G, SELECT, D, STAGES)),

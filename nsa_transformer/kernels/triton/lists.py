@@ -100,7 +100,16 @@ class Union:
 
 
 def make_union(
-    blocks: Tensor, num_keys: int, cu_q: Tensor, q_start: Tensor, tiles: Tensor, max_tiles: int, group: int, rows: int, select: int, places: Tensor | None = None
+    blocks: Tensor,
+    num_keys: int,
+    cu_q: Tensor,
+    q_start: Tensor,
+    tiles: Tensor,
+    max_tiles: int,
+    group: int,
+    rows: int,
+    select: int,
+    places: Tensor | None = None,
 ) -> Union:
     queries, hkv, num = blocks.shape
     if rows % group == 0:

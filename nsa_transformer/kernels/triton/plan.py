@@ -120,5 +120,7 @@ def make_plan(
     width = (num_docs + 4) // 4 * 4  # rows stay 16-byte aligned, or each number of documents would compile kernels of its own
     plan = torch.empty(10, width, dtype=torch.int32, device=cu_q.device)
     chunk = min(1024, triton.next_power_of_2(max(num_docs, 1)))
-    _plan_kernel[(1,)](cu_q, cu_k, plan, width, num_docs, group, block, stride, select, band, band_q, selected, selected_q, stored_q, score, compressed, window, chunk)
+    _plan_kernel[(1,)](
+        cu_q, cu_k, plan, width, num_docs, group, block, stride, select, band, band_q, selected, selected_q, stored_q, score, compressed, window, chunk
+    )
     return Plan(*plan[:, : num_docs + 1].unbind(0))

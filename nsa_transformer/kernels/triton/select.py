@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa_transformer.kernels.triton.common import dot_pair, find_document, keys_before, load_pair, load_tile
+from nsa_transformer.kernels.triton.common import dot_pair, find_document, keys_before, load_lse, load_pair, load_tile
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def _score_tile(
     q0,
     q1,
     row_lse,
+    factor,
     limit,
     own,
     carried,
@@ -72,6 +73,8 @@ def _score_tile(
     k0, k1 = load_tile(keys0, keys1, base + at, head * (D0 + D1), D0, D1)
     s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)
     p = tl.exp2(s * scale - row_lse[None, :])
+    if PRECISION == "ieee":
+        p = p * factor[None, :]
     key = tl.arange(0, N)
     if MASK:
         p = tl.where((at + key)[:, None] < limit[None, :], p, 0.0)
@@ -152,15 +155,17 @@ def score(
         inside = inside_token & (member < G)
         pair = (document_q + token).to(tl.int64) * HQ + head * G + member
         q0, q1 = load_pair(q, pair // HQ * q_stride + pair % HQ * q_head_stride, inside, D0, D1)
-        row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
+        row_lse, factor = load_lse(lse, pair, inside, PRECISION)
         for at in tl.range(0, full, N, num_stages=STAGES):
             _score_tile(
-                keys0, keys1, q0, q1, row_lse, limit, own, carried, scratch, base, at, head, scale, 0, heads, HEADS, P, N, RUNS, SPREAD, D0, D1, PRECISION
-            )
+                keys0, keys1, q0, q1, row_lse, factor, limit, own, carried, scratch, base, at, head, scale,
+                0, heads, HEADS, P, N, RUNS, SPREAD, D0, D1, PRECISION,
+            )  # fmt: skip
         for at in tl.range(full, visible, N):
             _score_tile(
-                keys0, keys1, q0, q1, row_lse, limit, own, carried, scratch, base, at, head, scale, 1, heads, HEADS, P, N, RUNS, SPREAD, D0, D1, PRECISION
-            )
+                keys0, keys1, q0, q1, row_lse, factor, limit, own, carried, scratch, base, at, head, scale,
+                1, heads, HEADS, P, N, RUNS, SPREAD, D0, D1, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit(repr=lambda _: "nsa_select", do_not_specialize=["num_docs", "first_tile", "width"])

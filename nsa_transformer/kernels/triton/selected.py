@@ -11,8 +11,10 @@ from nsa_transformer.kernels.triton.common import (
     finish_softmax,
     grad_kv_step,
     grad_q_step,
+    load_lse,
     load_pair,
     load_tile,
+    store_lse,
     store_rows,
 )
 
@@ -104,7 +106,7 @@ def selected_forward(
             base + position, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     inverse, row_lse = finish_softmax(top, total, scale)
-    tl.store(lse + pair, row_lse, mask=inside)
+    store_lse(lse, pair, inside, top, inverse, row_lse, scale, PRECISION)
     to = pair * (E0 + E1)
     gate_compressed = tl.load(gates + pair * 3, mask=inside, other=0.0).to(tl.float32)
     gate_selected = tl.load(gates + pair * 3 + 1, mask=inside, other=0.0).to(tl.float32)
@@ -170,7 +172,7 @@ def selected_grad_q(
     tile, document, inside, t, pair, token = _row_tile(tiles, cu_q, q_start, num_docs, head, M, G, HQ)
     q0, q1 = load_pair(q, pair // HQ * q_stride + pair % HQ * q_head_stride, inside, D0, D1)
     do0, do1 = load_pair(grad_out, pair * (E0 + E1), inside, E0, E1)
-    row_lse = tl.load(lse + pair, mask=inside, other=float("inf"))
+    row_lse, factor = load_lse(lse, pair, inside, PRECISION)
     row_delta = tl.load(delta + pair, mask=inside, other=0.0)
     base = tl.load(cu_k + document)
     at = (tile.to(tl.int64) * HKV + head) * L
@@ -183,7 +185,7 @@ def selected_grad_q(
     for step in tl.range(0, tl.load(counts + tile * HKV + head) * ((SELECT + N - 1) // N), num_stages=STAGES):
         position, high = _entry(union, members, at, step, bit, t, inside, SELECT, N)
         dq0, dq1 = grad_q_step(
-            dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, keys0, keys1, values0, values1,
+            dq0, dq1, q0, q1, do0, do1, row_lse, factor, row_delta, keys0, keys1, values0, values1,
             base + position, head, column, high, high, scale, 1, D0, D1, E0, E1, PRECISION,
         )  # fmt: skip
     factor = raw_scale * tl.load(gates + pair * 3 + 1, mask=inside, other=0.0).to(tl.float32)
