@@ -291,8 +291,9 @@ def band_grad_q(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Te
     )  # fmt: skip
 
 
-def _row_boxes(pack: _Pack, grad_out: Tensor) -> tuple[object, object]:
-    return tuple(hopper_grad_kv.row_descriptor(x.contiguous(), pack.group) for x in (pack.q, grad_out))
+def _aligned(x: Tensor) -> Tensor:
+    """x [T, Hq, D] as boxes of it can be copied by descriptors."""
+    return x if all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2]) and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
 def _parts(pack: _Pack, tiles: int, size: int) -> int:
@@ -319,7 +320,8 @@ def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: T
     documents = (pack.cu_q, starts, pack.q_start, tile_starts, pack.num_docs, pack.log_scale, pack.scale, parts)
     if tile.gluon:
         hopper_banded_kv.banded_grad_kv[(tiles * parts, hkv)](
-            *_row_boxes(pack, grad_out), *(hopper.descriptor(x, 64) for x in pair), lse, delta, pack.gates, *into, num_rows, *documents,
+            *(hopper_grad_kv.neighbours_descriptor(x, pack.group, tile.rows) for x in (_aligned(pack.q), grad_out)),
+            *(hopper.descriptor(x, 64) for x in pair), lse, delta, pack.gates, *into, num_rows, *documents,
             **pack.heads(), HKV=hkv, **pack.band(name), D=pack.q.shape[2], **_launch(tile),
         )  # fmt: skip
     else:
@@ -399,7 +401,8 @@ def selected_gradients(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tenso
         grid = (chosen.max_segments // hkv * count if count < hkv else chosen.max_segments, pieces)
         if tile.gluon:
             hopper_selected_kv.selected_grad_kv[grid](
-                *_row_boxes(pack, grad_out), *(hopper.descriptor(x, 64) for x in pack.selected), *listed, lse, delta, pack.gates, *grads, *parts, scores,
+                *(hopper_grad_kv.token_descriptor(x, pack.group) for x in (pack.q.contiguous(), grad_out)),
+                *(hopper.descriptor(x, 64) for x in pack.selected), *listed, lse, delta, pack.gates, *grads, *parts, scores,
                 *documents, *owners, pack.q.shape[0], pack.log_scale, pack.scale,
                 **pack.heads(), HKV=hkv, SELECT=config.select_block, D=pack.q.shape[2], **_launch(tile), STORE=heads > 0,
             )  # fmt: skip

@@ -72,7 +72,7 @@ def _produce(
             fill(
                 q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, edges, full, empty, (place - begin) // TOKENS, first + place + nth,
                 row_lse, row_delta, gate, high, head,
-                HQ, G, D, STAGES, by_lane,
+                True, HQ, G, D, STAGES, by_lane,
             )  # fmt: skip
             row_lse = next_lse
             row_delta = next_delta

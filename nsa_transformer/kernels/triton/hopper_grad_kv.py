@@ -1,6 +1,6 @@
 """dk and dv of a tile of keys for compute capability 9.0, in Gluon: what the selected and the banded kernels share.
 
-Producer warps fetch query rows as boxes: a token's rows of one key/value head, G of q and G of dO, lie side by side in memory. They take turns at the
+Producer warps fetch query rows as boxes of tokens: a token's rows of one key/value head, G of q and G of dO, lie side by side in memory. They take turns at the
 tiles: while one waits for a tile's numbers, those of the next tiles are on their way to the others. Two warpgroups attend to the tiles. Scores are
 [keys, rows], so that probabilities are the left operands of the sums they go into.
 """
@@ -21,10 +21,16 @@ KEYS = gl.constexpr(64)  # of a warpgroup
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
-def row_descriptor(x: Tensor, group: int) -> TensorDescriptor:
+def token_descriptor(x: Tensor, group: int) -> TensorDescriptor:
     """Of boxes [group, D] of x [T, Hq, D], contiguous, seen as [T * Hq, D]: one token's rows of one key/value head."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor(x, [x.shape[0] * x.shape[1], x.shape[2]], [x.shape[2], 1], [group, x.shape[2]], layout)
+
+
+def neighbours_descriptor(x: Tensor, group: int, rows: int) -> TensorDescriptor:
+    """Of boxes [rows / group, group, D] of x [T, Hq, D]: neighbouring tokens' rows of one key/value head."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows // group, group, x.shape[2]], layout)
 
 
 @gluon.jit
@@ -40,10 +46,10 @@ def load_stats(lse, delta, gates, token, inside, head, BRANCH: gl.constexpr, HQ:
 @gluon.jit
 def fill(
     q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, edges, full, empty, step, token, row_lse, row_delta, gate, high, head,
-    HQ: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    NEIGHBOURS: gl.constexpr, HQ: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """One tile of rows into its stage, once that is free: boxes of the tokens, and beside them lse, delta, gate and how many keys each row sees; in
-    `edges` the fewest and the most of these."""
+    `edges` the fewest and the most of these. NEIGHBOURS: the tokens are, and come in one box."""
     single: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     ROWS: gl.constexpr = q_tiles.shape[1]
     stage = step % STAGES
@@ -59,10 +65,16 @@ def fill(
     edges.index(2 * stage + 1).store(gl.full([1], most, gl.int32, single))
     _barrier()  # one thread arrives for all that stored
     mbarrier.expect(full.index(stage), ROWS * 2 * D * (q_tiles.dtype.primitive_bitwidth // 8))
-    for i in gl.static_range(ROWS // G):
-        at = gl.sum(gl.where(row == i * G, token, 0), 0) * HQ + head * G
-        tma.async_copy_global_to_shared(q_rows, [at, 0], full.index(stage), q_tiles.index(stage).slice(i * G, G))
-        tma.async_copy_global_to_shared(grad_rows, [at, 0], full.index(stage), grad_tiles.index(stage).slice(i * G, G))
+    if NEIGHBOURS:
+        box: gl.constexpr = [ROWS // G, G, D]
+        first = gl.min(token, 0)
+        tma.async_copy_global_to_shared(q_rows, [first, head * G, 0], full.index(stage), q_tiles.index(stage).reshape(box))
+        tma.async_copy_global_to_shared(grad_rows, [first, head * G, 0], full.index(stage), grad_tiles.index(stage).reshape(box))
+    else:
+        for i in gl.static_range(ROWS // G):
+            at = gl.sum(gl.where(row == i * G, token, 0), 0) * HQ + head * G
+            tma.async_copy_global_to_shared(q_rows, [at, 0], full.index(stage), q_tiles.index(stage).slice(i * G, G))
+            tma.async_copy_global_to_shared(grad_rows, [at, 0], full.index(stage), grad_tiles.index(stage).slice(i * G, G))
 
 
 @gluon.jit

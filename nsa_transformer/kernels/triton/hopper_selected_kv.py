@@ -75,7 +75,7 @@ def _produce(
             next_lse, next_delta, next_gate = load_stats(lse, delta, gates, ahead, ahead < num_tokens, head, 1, HQ, G, by_lane)
             fill(
                 q_rows, grad_rows, q_tiles, grad_tiles, stats, sees, edges, full, empty, step, here, row_lse, row_delta, gate, here + shift, head,
-                HQ, G, D, STAGES, by_lane,
+                False, HQ, G, D, STAGES, by_lane,
             )  # fmt: skip
             here = ahead
             ahead = later

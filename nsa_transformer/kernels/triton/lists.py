@@ -44,7 +44,7 @@ def union_lists(
     """
     L: tl.constexpr = TOKENS * SLOTS
     KEY: tl.constexpr = ordered.dtype.element_ty
-    NOTHING: tl.constexpr = 0x7FFFFFFF if KEY == tl.int32 else 0x7FFFFFFFFFFFFFFF
+    NOTHING: tl.constexpr = (1 << (KEY.primitive_bitwidth - 1)) - 1
     tile = tl.program_id(0)
     head = tl.program_id(1)
     if tile >= tl.load(tiles + num_docs):

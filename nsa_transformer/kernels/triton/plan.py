@@ -115,7 +115,8 @@ def make_plan(
     compressed: int,
     window: int,
 ) -> Plan:
-    """The sizes: query rows of a band and a selected tile, forward and dq each, and of dq from stored scores, tokens of a score tile, keys of a compressed and a window tile."""
+    """The sizes: query rows of a band and a selected tile, forward and dq each, and of dq from stored scores; tokens of a score tile; keys of a
+    compressed and a window tile."""
     num_docs = cu_q.shape[0] - 1
     width = (num_docs + 4) // 4 * 4  # rows stay 16-byte aligned, or each number of documents would compile kernels of its own
     plan = torch.empty(10, width, dtype=torch.int32, device=cu_q.device)

@@ -54,20 +54,19 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
     if widest <= 128:
         gluon = Tile(192, 64, 4, 5, gluon=True) if capability == (9, 0) and width == width_v else None
         gluon_q = Tile(128, 64, 4, 5, gluon=True) if gluon else None
-        boxes = gluon is not None and group in (8, 16, 32)  # a token's rows fill whole rows of the shared memory's pattern
-        large_boxes = boxes and group > 8  # where tiles are few or far apart, four copies a tile cost more than they save
-        band_kv = Tile(64, 128, 4, 4, gluon=True)
+        band_kv = Tile(64, 128, 4, 4, gluon=True) if gluon and group in (1, 2, 4, 8, 16, 32) else Tile(32, 64, 4, 3)
+        boxes = gluon is not None and group in (16, 32)  # a token's rows are a box, and with 8 of them four copies a tile cost more than they save
         tokens = -(-192 // group)  # lists of a tile's blocks hold at most 64
         return Tiles(
             band=gluon or (Tile(128, 64, 4, 2) if capability >= (9, 0) else Tile(64, 64, 4, 2)),
             band_q=gluon_q or Tile(128, 64, 8, 3),
-            compressed_kv=band_kv if boxes else Tile(32, 64, 4, 3),
-            window_kv=band_kv if large_boxes else Tile(32, 64, 4, 3),
+            compressed_kv=band_kv,
+            window_kv=band_kv,
             score=Tile(min(16, max(1, 128 // heads)), 64, 4, 3, heads=heads),
             selected=gluon if gluon and tokens <= 64 and select % 64 == 0 else Tile(64, block, 4, 3),
             selected_q=gluon_q if gluon_q and tokens <= 64 and select % 64 == 0 else Tile(64, block, 4, 2),
             stored_q=Tile(64, block, 4, 3),
-            selected_kv=Tile(32, 64, 4, 6, gluon=True) if large_boxes and select % 64 == 0 else Tile(32, block, 4, 2),
+            selected_kv=Tile(32, 64, 4, 6, gluon=True) if boxes and select % 64 == 0 else Tile(32, block, 4, 2),
         )
     score = Tile(min(16, max(1, 64 // heads)), 64, 4, 3 if width <= 192 else 2, heads=heads)
     if width + width_v <= 320:
