@@ -34,12 +34,12 @@ def with_unread_rows(case: Case) -> Case:
     return case.changed(k_cmp=longer(case.inputs.k_cmp), v_cmp=longer(case.inputs.v_cmp))
 
 
-def check(case: Case, rounding: int = 16) -> Result:
+def check(case: Case, rounding: int = 16, times: float = 2) -> Result:
     """Blocks, output and gradients of the Triton backend; rows past the compressed keys get no gradient.
 
     The float64 reference, which the brute force judges elsewhere, stands in for it: that takes seconds a case. Where plain PyTorch
     happens to be exact, as for softmaxes of one key, `rounding` times the dtype's epsilon of the largest number is allowed; give 0 for
-    packs so long that it is not.
+    packs so long that it is not. `times`: of plain PyTorch's error, what is allowed.
     """
     used = len(case.inputs.k_cmp)
     with poisoned():
@@ -60,9 +60,9 @@ def check(case: Case, rounding: int = 16) -> Result:
         if expected.numel():
             error, other = (mine.double() - expected).abs(), (plain.double() - expected).abs()
             floor = allowed * max(1.0, expected.abs().max().item())
-            assert error.max() <= 2 * other.max() + floor, f"{name}: largest error {error.max():.3g}, plain PyTorch {other.max():.3g}"
+            assert error.max() <= times * other.max() + floor, f"{name}: largest error {error.max():.3g}, plain PyTorch {other.max():.3g}"
             rms, plain_rms = error.square().mean().sqrt(), other.square().mean().sqrt()
-            assert rms <= 2 * plain_rms + floor / 4, f"{name}: RMS error {rms:.3g}, plain PyTorch {plain_rms:.3g}"
+            assert rms <= times * plain_rms + floor / 4, f"{name}: RMS error {rms:.3g}, plain PyTorch {plain_rms:.3g}"
     return result
 
 

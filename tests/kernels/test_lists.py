@@ -32,7 +32,11 @@ def test_union_of_a_tile(group, rows, lengths):
                 blocks[cu[document] + t, head, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     counts = [-(-length * group // rows) for length in lengths]
     tiles = torch.tensor([0, *counts]).cumsum(0).int()
-    union = lists.make_union(blocks, sum(lengths), cu, torch.zeros(len(lengths), dtype=torch.int32), tiles, int(tiles[-1]) + 1, group, rows, SELECT)
+    start = torch.zeros(len(lengths), dtype=torch.int32)
+    per_document = torch.tensor([0, *(-(-length // SELECT) for length in lengths)]).cumsum(0).int()
+    num_blocks = int(per_document[-1]) + 1
+    chosen = lists.make_choosers(blocks, cu, start, per_document, num_blocks, SELECT, 8)
+    union = lists.make_union(blocks, sum(lengths), cu, start, tiles, int(tiles[-1]) + 1, group, rows, SELECT, chosen.places)
     every_bit = (1 << (64 if union.members.dtype == torch.int64 else 32)) - 1
     for document, length in enumerate(lengths):
         for number in range(counts[document]):
@@ -48,3 +52,9 @@ def test_union_of_a_tile(group, rows, lengths):
                 got = zip(union.blocks[tile, head, :count].tolist(), union.members[tile, head, :count].tolist(), strict=True)
                 assert {block: members & every_bit for block, members in got} == want
                 assert union.blocks[tile, head, :count].tolist() == sorted(want)
+                # The tile's members of a block stand in a row in the block's list, which is that of all tokens that chose it.
+                for entry, (block, members) in enumerate(sorted(want.items())):
+                    owner = head * num_blocks + int(per_document[document]) + block
+                    begin, end, last = int(chosen.starts[owner]), int(chosen.starts[owner + 1]), int(union.last[tile, head, entry])
+                    tokens = [int(cu[document]) + first + bit for bit in range(members.bit_length()) if members >> bit & 1]
+                    assert begin <= last < end and chosen.tokens[last + 1 - len(tokens) : last + 1].tolist() == tokens

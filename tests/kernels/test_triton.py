@@ -126,6 +126,21 @@ def test_given_blocks():
     check(case.using(blocks=picked[:, None].int()))  # some in the future, some queries without any, no order, nothing forced
 
 
+@pytest.mark.parametrize("stored", [0, 1], ids=["computed once more", "one head at a time"])
+def test_scores_are_stored_for_dq_or_computed_once_more(stored, monkeypatch):
+    """Gradients of the selected scores are stored for as many heads as fit; where one head's do not, dq computes the scores itself."""
+    from nsa_transformer.kernels.triton import attention
+
+    case = case_of([70, 21], hkv=2, group=3)
+    whole = run(case, "triton")
+    entries = len(case.inputs.q) * SMALL["num_selected"] * 3 * SMALL["select_block"] * 4
+    monkeypatch.setattr(attention, "STORED_SCORES", stored * entries)
+    result = check(case)
+    if stored:
+        for name, x, y in zip(NAMES, whole.grads, result.grads, strict=True):
+            assert_same_bits(name, x, y[: len(x)])
+
+
 def test_scale_and_signs_of_gates():
     case = case_of([40], group=2).using(scale=0.3)
     check(case.changed(gates=case.inputs.gates * 2 - 1))

@@ -38,6 +38,12 @@ class Shape:
     hkv: int = 1
     config: NSAConfig = PAPER
 
+    @property
+    def times(self) -> int:
+        """Of plain PyTorch's error. float32 is a known gap: on an H100 dq has 2.2 times its RMS error and 3.9 times its largest, by products that add up
+        one key after the other; the rest is within 2 times. docs/attention.md says so."""
+        return 5 if self.dtype == torch.float32 else 2
+
     def case(self, lengths: list[int], **keywords: Any) -> Case:
         return make_case(lengths, self.config, hkv=self.hkv, group=self.group, dk=self.dk, dv=self.dv, dtype=self.dtype, device=DEVICE, **keywords)
 
@@ -74,13 +80,13 @@ def test_unwritten_memory_is_poisoned() -> None:
 
 @every_shape
 def test_documents(shape: Shape) -> None:
-    check(shape.case([1300, 1, 0, 37, 33, 500], padding=2), rounding=0)
+    check(shape.case([1300, 1, 0, 37, 33, 500], padding=2), rounding=0, times=shape.times)
 
 
 @every_shape
 def test_queries_that_are_the_tail_of_their_documents(shape: Shape) -> None:
-    check(shape.case([1300, 700, 9], lengths_q=[60, 700, 0]), rounding=0)
-    check(shape.case([1300, 700], lengths_q=[200, 33], q_start=[1000, 3]), rounding=0)
+    check(shape.case([1300, 700, 9], lengths_q=[60, 700, 0]), rounding=0, times=shape.times)
+    check(shape.case([1300, 700], lengths_q=[200, 33], q_start=[1000, 3]), rounding=0, times=shape.times)
 
 
 def some_blocks(case: Case, count: int = 5) -> Tensor:
@@ -95,7 +101,20 @@ def some_blocks(case: Case, count: int = 5) -> Tensor:
 @every_shape
 def test_given_blocks(shape: Shape) -> None:
     case = shape.case([1300])
-    check(case.using(blocks=some_blocks(case)), rounding=0)
+    check(case.using(blocks=some_blocks(case)), rounding=0, times=shape.times)
+
+
+@pytest.mark.parametrize("stored", [0, 1 << 20], ids=["computed once more", "one head at a time"])
+def test_scores_are_stored_for_dq_or_computed_once_more(stored: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_transformer.kernels.triton import attention
+
+    case = replace(FIRST, hkv=2).case([700, 33])
+    whole = run(case, "triton")
+    monkeypatch.setattr(attention, "STORED_SCORES", stored and 733 * PAPER.num_selected * 16 * PAPER.select_block * 2)
+    result = check(case, rounding=0)
+    if stored:
+        for name, x, y in zip(NAMES, whole.grads, result.grads, strict=True):
+            assert_same_bits(name, x, y)
 
 
 def thousands(count: int = 4096, shape: Shape = FIRST) -> None:
