@@ -108,11 +108,15 @@ class PackStream:
         epoch, place = self.locate(index)
         return lay_pack(self.split, self._plan(epoch).fragments(place), self.max_length, self.eod_id, self.num_boundaries)
 
+    def plan_in_order(self, order: np.ndarray) -> PackPlan:
+        """The packs of these documents, taken up in this order."""
+        return plan_packs(self._lengths, self.max_length, order, self.pack_buffer)
+
     def _plan(self, epoch: int) -> PackPlan:
         plan = self._plans.get(epoch)
         if plan is None:
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-            plan = plan_packs(self._lengths, self.max_length, rng.permutation(self.split.documents), self.pack_buffer)
+            plan = self.plan_in_order(rng.permutation(self.split.documents))
             # Packs of one long document come in a row; a batch of neighbours would see little else.
             places = rng.permutation(len(plan))
             if epoch == 0 and self.length_curriculum:
