@@ -328,13 +328,18 @@ class DataConfig:
     """What the model reads."""
 
     path: str | None = doc(
-        "Text, JSONL or parquet: a file, a folder (searched recursively) or a glob. "
-        "null: the source of Python's own standard library, which every machine has.",
+        "Text, JSONL or parquet: a file, a folder (searched recursively), a glob, or a URL of one of these that fsspec reads; or "
+        "`hf://NAME[:CONFIG][@SPLIT]`, a dataset by name. null: the source of Python's own standard library, which every machine has.",
         None,
     )
     val_path: str | None = doc("Separate validation data. null: val_fraction of the documents of path, chosen by a hash of their names.", None)
     val_fraction: float = doc("Share of the documents held out for validation.", 0.05)
     text_column: str = doc("Column or key that holds the text in JSONL and parquet.", "text")
+    max_bad_documents: int = doc(
+        "Documents of each source that may be left out, with a message, because they are no text or damaged: a file, line or row, or the rest of a "
+        "damaged file. One more refuses the corpus.",
+        0,
+    )
     max_length: int = doc("Tokens per pack.", 4096)
     tokenizer: str | None = doc(
         "A tokenizer.json, or a folder or run that has one. null: a byte-level BPE of model.vocab_size tokens is trained on path and cached.", None
@@ -347,7 +352,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "max_length", "pack_buffer")
-        _not_negative(self, "length_curriculum")
+        _not_negative(self, "length_curriculum", "max_bad_documents")
         _need(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must lie between 0 and 1")
 
 

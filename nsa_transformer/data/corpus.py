@@ -4,6 +4,8 @@
     CACHE/corpora/<key>/tokens.npy       every document end to end, uint16 or uint32, memory-mapped
                         offsets.npy      int64 [num_documents + 1]
                         validation.npy   bool [num_documents]
+                        skipped.json     what is said of each bad document that was left out
+    CACHE/hashes/                        content hashes of sources and entries, so that a start reads no file that has not changed
 
 Each entry also has a sha256.json of its files. An entry is written beside its place and renamed into it, so processes may
 race for it, and a killed one leaves nothing that looks whole.
@@ -18,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,13 +28,15 @@ from typing import BinaryIO
 import numpy as np
 
 from nsa_transformer.config import ConfigError, DataConfig
-from nsa_transformer.data.sources import Document, Source, iter_documents
+from nsa_transformer.data.files import HashRecord, LocalFile
+from nsa_transformer.data.sources import Document, Skips, Source, iter_documents
 from nsa_transformer.data.tokenizer import PATTERN, Tokenizer, cut_text, train_tokenizer
 from nsa_transformer.utils.files import atomic_folder
 
 __all__ = ["Split", "cache_folder", "cached_tokenizer", "tokenized_corpus"]
 
-_FORMAT = 1  # raise it when the same inputs come to be stored differently
+_TOKENIZER_FORMAT, _FORMAT = 1, 2  # raise them when the same inputs come to be stored differently
+_TOKEN_FILES = ("tokens.npy", "offsets.npy", "validation.npy")
 _SAMPLE_BYTES = 16_000_000  # of text, for training a tokenizer
 _BATCH_CHARACTERS = 1 << 22
 _STALE_SECONDS = 86_400  # a temporary folder this old belongs to a process that died
@@ -73,18 +77,29 @@ def cache_folder(config: DataConfig) -> Path:
 # ----------------------------------------------------------------------------------------------------- tokenizer
 
 
-def cached_tokenizer(source: Source, text_column: str, vocab_size: int, cache: Path, log: Log) -> Tokenizer:
-    """The tokenizer trained on a source, from the cache where it is there and whole."""
-    folder = cache / "tokenizers" / _key(_FORMAT, source.fingerprint, text_column, vocab_size, PATTERN, _SAMPLE_BYTES)
+def cached_tokenizer(readings: Sequence[tuple[Source, str]], vocab_size: int, cache: Path, log: Log, max_bad: int = 0) -> Tokenizer:
+    """The tokenizer trained on sources, each with its column of text, from the cache where it is there and whole."""
+    prints, columns = [_fingerprint(source, cache, log) for source, _ in readings], [column for _, column in readings]
+    known = (prints[0], columns[0]) if len(readings) == 1 else (prints, columns)
+    folder = cache / "tokenizers" / _key(_TOKENIZER_FORMAT, *known, vocab_size, PATTERN, _SAMPLE_BYTES)
 
     def build(target: Path) -> None:
         began = time.perf_counter()
-        tokenizer = train_tokenizer(_sample(iter_documents(source, text_column), _SAMPLE_BYTES), vocab_size)
+        documents = itertools.chain.from_iterable(iter_documents(source, column, _skips(source, max_bad)) for source, column in readings)
+        tokenizer = train_tokenizer(_sample(documents, _SAMPLE_BYTES), vocab_size)
         tokenizer.save(target)
         log(f"data: trained a tokenizer of {tokenizer.vocab_size} tokens in {time.perf_counter() - began:.1f} s")
 
     _ensure_entry(folder, ("tokenizer.json",), build, log)
     return Tokenizer.load(folder)
+
+
+def _fingerprint(source: Source, cache: Path, log: Log) -> str:
+    return source.fingerprint(HashRecord(cache / "hashes" / f"{_key(source.place)}.json", log))
+
+
+def _skips(source: Source, max_bad: int) -> Skips:
+    return Skips(source.key, None if source.default else max_bad)
 
 
 def _sample(documents: Iterable[Document], size: int) -> list[str]:
@@ -104,25 +119,38 @@ def _sample(documents: Iterable[Document], size: int) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- tokens
 
 
-def tokenized_corpus(source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log) -> tuple[Split, ...]:
-    """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole."""
-    key = _key(_FORMAT, source.fingerprint, text_column, tokenizer.fingerprint, val_fraction)
+def tokenized_corpus(
+    source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log, max_bad: int = 0
+) -> tuple[Split, ...]:
+    """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole.
+
+    Up to `max_bad` bad documents are left out and named in the log.
+    """
+    key = _key(_FORMAT, _fingerprint(source, cache, log), text_column, tokenizer.fingerprint, val_fraction)
     folder = cache / "corpora" / key
 
     def build(target: Path) -> None:
         began = time.perf_counter()
-        offsets, validation = _write_tokens(target / "tokens.npy", source, text_column, tokenizer, val_fraction)
+        skips = _skips(source, max_bad)
+        offsets, validation = _write_tokens(target / "tokens.npy", iter_documents(source, text_column, skips), source.key, tokenizer, val_fraction)
+        source.check_unchanged()
         np.save(target / "offsets.npy", offsets)
         np.save(target / "validation.npy", validation)
-        if source.skipped:
-            log(f"data: skipped {len(source.skipped)} files that are not UTF-8 text: {', '.join(source.skipped[:3])}{', …' * (len(source.skipped) > 3)}")
+        (target / "skipped.json").write_text(json.dumps(skips.found))
         log(f"data: tokenised {offsets[-1] / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
 
-    _ensure_entry(folder, ("tokens.npy", "offsets.npy", "validation.npy"), build, log)
+    _ensure_entry(folder, (*_TOKEN_FILES, "skipped.json"), build, log)
+    skips = _skips(source, max_bad)
+    skips.found += json.loads((folder / "skipped.json").read_text())
+    skips.check()
+    if skips.found:
+        kind = "files that are not UTF-8 text" if source.default else "bad documents"
+        log(f"data: left out {len(skips.found)} {kind}: {'; '.join(skips.found[:3])}{'; …' * (len(skips.found) > 3)}")
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     offsets, validation = np.load(folder / "offsets.npy"), np.load(folder / "validation.npy")
     # Of what is stored, not of what it was made from: another version of a library may make something else of the same.
-    content = _checksum(folder / "sha256.json")[:24]
+    hashes = json.loads((folder / "sha256.json").read_text())
+    content = hashlib.sha256(json.dumps({name: hashes[name] for name in _TOKEN_FILES}).encode()).hexdigest()[:24]
     if val_fraction is None:
         return (Split(tokens, offsets, np.arange(len(validation)), f"{content} all"),)
     return (
@@ -131,13 +159,12 @@ def tokenized_corpus(source: Source, text_column: str, tokenizer: Tokenizer, val
     )
 
 
-def _write_tokens(file: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Encode every document into `file`; returns offsets and which documents are for validation."""
-    documents = iter_documents(source, text_column)
+def _write_tokens(file: Path, documents: Iterator[Document], key: str, tokenizer: Tokenizer, val_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Encode every document into `file`; returns offsets and which documents are for validation. Errors name the setting `key`."""
     first = list(itertools.islice(documents, 2))
     halves = None
     if val_fraction is not None and len(first) == 1:
-        halves = first = _split_document(first[0], val_fraction, source.key)
+        halves = first = _split_document(first[0], val_fraction, key)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
     lengths: list[int] = []
     hashes: list[int] = []
@@ -152,12 +179,12 @@ def _write_tokens(file: Path, source: Source, text_column: str, tokenizer: Token
         stream.seek(0)
         assert _write_header(stream, dtype, sum(lengths)) == header_size
     if not lengths:
-        raise ConfigError(f"{source.key}: the corpus is empty: the tokenizer makes no tokens of it")
+        raise ConfigError(f"{key}: the corpus is empty: the tokenizer makes no tokens of it")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     if val_fraction is None:
         return offsets, np.zeros(len(lengths), dtype=bool)
     if len(lengths) < 2:
-        raise ConfigError(f"{source.key} has too little text to hold some out for validation; add text, or write data.val_path=FILE")
+        raise ConfigError(f"{key} has too little text to hold some out for validation; add text, or write data.val_path=FILE")
     if halves is not None:
         return offsets, np.array([False, True])
     return offsets, choose_validation(np.array(hashes, dtype=np.uint64), val_fraction)
@@ -230,15 +257,19 @@ def _ensure_entry(folder: Path, files: tuple[str, ...], build: Callable[[Path], 
 
 
 def _is_whole(folder: Path, files: tuple[str, ...], log: Log) -> bool:
+    """Whether the contents are those that were written. What was found whole before and has not changed since is not read again."""
     if not folder.exists():
         return False
+    record = HashRecord(folder.parent.parent / "hashes" / f"{folder.parent.name}-{folder.name}.json", log)
     try:
         expected = json.loads((folder / "sha256.json").read_text())
-        wrong = [name for name in files if _checksum(folder / name) != expected[name]]
+        wrong = [name for name in files if record.of(LocalFile(folder / name, name))[0] != expected[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         wrong = [str(error)]
     if wrong:
         log(f"data: the cache entry {folder} is damaged ({', '.join(wrong)}); building it again")
+    else:
+        record.save()
     return not wrong
 
 

@@ -171,10 +171,10 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
     Raises `ConfigError` on data, a tokenizer or a cache folder that cannot be used.
     """
     source = open_source(config.path)
-    log(f"data: {config.path or 'source of the Python standard library'}, {len(source.files)} files, {source.num_bytes / 1e6:.1f} MB")
-    cache = cache_folder(config)
+    log(f"data: {source.described}")
+    cache, max_bad = cache_folder(config), config.max_bad_documents
     if config.tokenizer is None:
-        tokenizer = cached_tokenizer(source, config.text_column, vocab_size, cache, log)
+        tokenizer = cached_tokenizer([(source, config.text_column)], vocab_size, cache, log, max_bad)
     else:
         try:
             tokenizer = Tokenizer.load(config.tokenizer)
@@ -186,11 +186,11 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
         )
 
     if config.val_path is None:
-        train, validation = tokenized_corpus(source, config.text_column, tokenizer, config.val_fraction, cache, log)
+        train, validation = tokenized_corpus(source, config.text_column, tokenizer, config.val_fraction, cache, log, max_bad)
     else:
         val_source = open_source(config.val_path, key="data.val_path")
-        (train,) = tokenized_corpus(source, config.text_column, tokenizer, None, cache, log)
-        (validation,) = tokenized_corpus(val_source, config.text_column, tokenizer, None, cache, log)
+        (train,) = tokenized_corpus(source, config.text_column, tokenizer, None, cache, log, max_bad)
+        (validation,) = tokenized_corpus(val_source, config.text_column, tokenizer, None, cache, log, max_bad)
     log(
         f"data: {len(train.documents)} documents, {train.num_tokens / 1e6:.2f} M tokens to train on; "
         f"{len(validation.documents)} documents, {validation.num_tokens / 1e6:.2f} M tokens to validate on"
