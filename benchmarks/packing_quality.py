@@ -30,7 +30,6 @@ from benchmarks.packers import concatenate_and_split
 from benchmarks.page import markdown_table
 from nsa_transformer.config import Config, ConfigError, build_config
 from nsa_transformer.data.loader import PackStream
-from nsa_transformer.data.pack import Pack
 from nsa_transformer.data.packing import PackPlan
 from nsa_transformer.training.evaluate import evaluate
 from nsa_transformer.training.trainer import Trainer
@@ -71,19 +70,17 @@ class Run(Trainer):
         super()._set_up(world)
         validation = self.data.validation
         count = self.config.training.eval_packs
-        self.arrangements = {BEST_FIT: self.validation, CONCATENATE: first_packs(concatenated(validation), count)}
+        train = self.data.train
+        assert isinstance(train, PackStream) and isinstance(validation, PackStream)
+        self.arrangements = {BEST_FIT: self.validation, CONCATENATE: concatenated(validation).first_epoch(count)}
         if self.way == CONCATENATE:
-            self.data.train = concatenated(self.data.train)
+            self.data.train = concatenated(train)
 
     def _evaluate(self) -> Any:
         lengths = self.data.tokenizer.byte_lengths
         for name, packs in self.arrangements.items():
             self.losses[name] = evaluate(self.model, packs, lengths, self.world, self._autocast(), self.config.training.loss_chunk_size).loss
         return super()._evaluate()
-
-
-def first_packs(stream: PackStream, count: int) -> list[Pack]:
-    return [stream.pack(i) for i in range(min(count, stream.packs_in_epoch(0)))]
 
 
 def configured(overrides: list[str]) -> Config:
@@ -98,7 +95,9 @@ def measure(way: str, seed: int, overrides: list[str], folder: Path) -> Row:
     status = run.train()
     if status:
         raise SystemExit(status)
-    plan = run.data.train._plan(0)
+    train = run.data.train
+    assert isinstance(train, PackStream)
+    plan = train._plan(0)
     return {
         "way": way,
         "seed": seed,

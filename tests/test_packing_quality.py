@@ -19,7 +19,7 @@ def test_both_ways_hold_every_token_of_an_epoch() -> None:
     split = Split(np.arange(1, offsets[-1] + 1, dtype=np.uint32), offsets, np.arange(50), "test")
     stream = PackStream(split, max_length=16, seed=0, pack_buffer=8, eod_id=0)
     for one in (stream, packing_quality.concatenated(stream)):
-        tokens = np.concatenate([p.tokens[p.valid].numpy() for p in packing_quality.first_packs(one, 10_000)])
+        tokens = np.concatenate([p.tokens[p.valid].numpy() for p in one.first_epoch(10_000)])
         assert sorted(tokens.tolist()) == list(range(1, int(offsets[-1]) + 1))
 
 
