@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(call=_generate)
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode and decode files").add_subparsers(required=True, metavar="ACTION")
-    train = tokenizer.add_parser("train", help="train a byte-level BPE")
+    train = tokenizer.add_parser("train", help="train a byte-level BPE, with chat tokens")
     train.add_argument("files", nargs="+", metavar="FILES", help="text, JSONL or parquet: files, folders or globs")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N")
     train.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
@@ -131,11 +131,12 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from nsa_transformer.data.sources import iter_documents, open_source
     from nsa_transformer.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
-    if options.vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(f"--vocab-size {options.vocab_size} is too small: 256 bytes and end of document need {MIN_VOCAB_SIZE}")
+    least = MIN_VOCAB_SIZE + 2
+    if options.vocab_size < least:
+        raise ConfigError(f"--vocab-size {options.vocab_size} is too small: 256 bytes, end of document and two chat tokens need {least}")
     sources = [open_source(path, key="FILES") for path in options.files]
     texts = (document.text for source in sources for document in iter_documents(source, options.text_column))
-    tokenizer = train_tokenizer(texts, options.vocab_size)
+    tokenizer = train_tokenizer(texts, options.vocab_size, chat_tokens=True)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)

@@ -16,11 +16,12 @@ import numpy as np
 from nsa_transformer.config import ConfigError
 from nsa_transformer.utils.files import write_atomic
 
-__all__ = ["END_OF_DOCUMENT", "PATTERN", "Tokenizer", "cut_text", "train_tokenizer"]
+__all__ = ["CHAT_END", "CHAT_START", "END_OF_DOCUMENT", "PATTERN", "Tokenizer", "cut_text", "train_tokenizer"]
 
 END_OF_DOCUMENT = "<|endoftext|>"
+CHAT_START, CHAT_END = "<|im_start|>", "<|im_end|>"  # ChatML's markers of a message; see chat.py
 MIN_VOCAB_SIZE = 257  # the 256 bytes and end of document
-_END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>")
+_END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 
 # Pieces that merges never cross. The bounds keep the work per character constant: without them a long run of one
 # class of characters is a single piece, and both the regex and the merging inside it grow faster than its length.
@@ -65,6 +66,8 @@ class Tokenizer:
             spec = json.loads(content)
             spec["truncation"] = spec["padding"] = None
             self.eod_token, self.eod_id = _mark_end_of_document(spec)
+            for name in (CHAT_START, CHAT_END):
+                _mark_special(spec, name)
             self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except ConfigError:
             raise
@@ -174,6 +177,20 @@ class Tokenizer:
         return table
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by name. No text encodes to one, and `decode` passes over them."""
+        return {added["content"]: added["id"] for added in self._spec["added_tokens"] if added["special"]}
+
+    def with_chat_tokens(self) -> Tokenizer:
+        """This tokenizer with <|im_start|> and <|im_end|> behind its last token, so that no other id moves; itself where it has both."""
+        spec = json.loads(self.to_json())
+        for name in (CHAT_START, CHAT_END):
+            if _mark_special(spec, name) is None:
+                taken = [*_vocabulary(spec).values(), *(added["id"] for added in spec["added_tokens"])]
+                _add_special(spec, name, max(taken) + 1)
+        return Tokenizer(json.dumps(spec))
+
+    @cached_property
     def vocab_size(self) -> int:
         """Highest token id + 1: the rows that an embedding needs."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -203,15 +220,18 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Callable[[int], None] | None = None) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Callable[[int], None] | None = None, *, chat_tokens: bool = False) -> Tokenizer:
     """Byte-level BPE of at most `vocab_size` tokens, fewer where the texts hold too little to merge. Deterministic.
 
-    `progress` is called with the characters read so far. Raises `ConfigError` for a vocabulary below 257.
+    Ids: end of document, the 256 bytes, merges in the order they were made, and with `chat_tokens` <|im_start|> and <|im_end|> last.
+    These two therefore move no other id; they take the place of the last two merges.
+    `progress` is called with the characters read so far. Raises `ConfigError` for a vocabulary below 257, or 259 with `chat_tokens`.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    least = MIN_VOCAB_SIZE + 2 * chat_tokens
+    if vocab_size < least:
         raise ConfigError(
-            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: 256 bytes and end of document need {MIN_VOCAB_SIZE}; "
-            f"write model.vocab_size={MIN_VOCAB_SIZE} or more"
+            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: 256 bytes and {least - 256} special tokens need {least}; "
+            f"write model.vocab_size={least} or more"
         )
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -220,7 +240,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Callable[[i
     backend.pre_tokenizer = _pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - 2 * chat_tokens,
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -236,7 +256,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Callable[[i
                     progress(read)
 
     backend.train_from_iterator(parts(), trainer)
-    return Tokenizer(backend.to_str())
+    tokenizer = Tokenizer(backend.to_str())
+    return tokenizer.with_chat_tokens() if chat_tokens else tokenizer
 
 
 def _pre_tokenizer() -> Any:
@@ -258,21 +279,35 @@ def _pre_tokenizer_spec() -> Any:
 
 def _mark_end_of_document(spec: dict[str, Any]) -> tuple[str, int]:
     """Find the end-of-document token of a tokenizer.json and make sure that it is declared special."""
-    added = spec["added_tokens"]
-    vocab = spec["model"].get("vocab", {})
-    if not isinstance(vocab, dict):  # Unigram: a list of [token, score]
-        vocab = {token: i for i, (token, _) in enumerate(vocab)}
     for name in _END_NAMES:
-        for entry in added:
-            if entry["content"] == name:
-                entry["special"] = True
-                return name, entry["id"]
-        if name in vocab:
-            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-            added.append({"id": vocab[name], "content": name, **flags})
-            added.sort(key=lambda entry: entry["id"])
-            return name, vocab[name]
+        token = _mark_special(spec, name)
+        if token is not None:
+            return name, token
     raise ConfigError(f"it has no end-of-document token; one of {', '.join(_END_NAMES)} must be in its vocabulary")
+
+
+def _mark_special(spec: dict[str, Any], name: str) -> int | None:
+    """The id of the token `name`, which is declared special from then on; None where there is no such token."""
+    for entry in spec["added_tokens"]:
+        if entry["content"] == name:
+            entry["special"] = True
+            return entry["id"]
+    token = _vocabulary(spec).get(name)
+    if token is not None:
+        _add_special(spec, name, token)
+    return token
+
+
+def _vocabulary(spec: dict[str, Any]) -> dict[str, int]:
+    """Ids by token, without the added ones."""
+    vocab = spec["model"].get("vocab", {})
+    return vocab if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}  # Unigram: a list of [token, score]
+
+
+def _add_special(spec: dict[str, Any], name: str, token: int) -> None:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"].append({"id": token, "content": name, **flags})
+    spec["added_tokens"].sort(key=lambda entry: entry["id"])
 
 
 def _joined(parts: list[list[int]]) -> list[int]:
