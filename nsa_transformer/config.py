@@ -331,9 +331,12 @@ class MixtureSource:
     path: str = doc("As data.path.")
     weight: float | None = doc("Share of the packs, in proportion to the other sources' weights.", None)
     epochs: float | None = doc("In place of weight: how often the source is read while one with epochs 1 is read once.", None)
-    text_column: str | None = doc("Column or key of the text. null: data.text_column.", None)
+    text_column: str | None = doc("Column or key of the text. null: as data.text_column or data.messages_column say.", None)
+    messages_column: str | None = doc("Column or key of conversations, in place of text.", None)
 
     def __post_init__(self) -> None:
+        both = self.text_column is not None and self.messages_column is not None
+        _need(not both, f"path={self.path} has a text_column and a messages_column; a source is read for one of them")
         _need((self.weight is None) != (self.epochs is None), f"path={self.path} needs a weight or epochs, and not both; write weight: 1 for equal shares")
         for name in ("weight", "epochs"):
             value = getattr(self, name)
@@ -351,12 +354,18 @@ class DataConfig:
     )
     mixture: tuple[MixtureSource, ...] = doc(
         "Several sources in place of path: a list of groups with `path`, `weight` (share of the packs) or `epochs` (how often it is read while a source with "
-        "epochs 1 is read once), and `text_column` where it differs.",
+        "epochs 1 is read once), and `text_column` or `messages_column` where they differ.",
         (),
     )
     val_path: str | None = doc("Separate validation data. null: val_fraction of the documents of path, chosen by a hash of their names.", None)
     val_fraction: float = doc("Share of the documents held out for validation.", 0.05)
     text_column: str = doc("Column or key that holds the text in JSONL and parquet.", "text")
+    messages_column: str | None = doc(
+        "Column or key that holds conversations, lists of {role, content}, to be read in place of text. The tokenizer needs <|im_start|> and <|im_end|>; one "
+        "that is trained here gets them. null: text.",
+        None,
+    )
+    assistant_only_loss: bool = doc("With conversations: learn only what the assistant writes, its contents and the <|im_end|> behind them.", False)
     max_bad_documents: int = doc(
         "Documents of each source that may be left out, with a message, because they are no text or damaged: a file, line or row, or the rest of a "
         "damaged file. One more refuses the corpus.",

@@ -4,6 +4,7 @@
     CACHE/corpora/<key>/tokens.npy       every document end to end, uint16 or uint32, memory-mapped
                         offsets.npy      int64 [num_documents + 1]
                         validation.npy   bool [num_documents]
+                        assistant.npy    bool, of a corpus of conversations: which tokens the assistant writes
                         skipped.json     what is said of each bad document that was left out
     CACHE/hashes/                        content hashes of sources and entries, so that a start reads no file that has not changed
 
@@ -21,14 +22,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from nsa_transformer.config import ConfigError, DataConfig
+from nsa_transformer.data.chat import ChatTemplate
 from nsa_transformer.data.files import HashRecord, LocalFile
+from nsa_transformer.data.readers import Column
 from nsa_transformer.data.sources import Document, Skips, Source, iter_documents
 from nsa_transformer.data.tokenizer import PATTERN, Tokenizer, cut_text, train_tokenizer
 from nsa_transformer.utils.files import atomic_folder
@@ -51,12 +55,14 @@ class Split:
     tokens     uint16 or uint32 [all tokens of the corpus], memory-mapped; no end-of-document tokens
     offsets    int64 [num_documents of the corpus + 1]
     documents  int64, those that belong to this split
+    assistant  bool [all tokens of the corpus], memory-mapped: those the assistant writes; None where the corpus is no conversations
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     documents: np.ndarray
     fingerprint: str
+    assistant: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -77,16 +83,17 @@ def cache_folder(config: DataConfig) -> Path:
 # ----------------------------------------------------------------------------------------------------- tokenizer
 
 
-def cached_tokenizer(readings: Sequence[tuple[Source, str]], vocab_size: int, cache: Path, log: Log, max_bad: int = 0) -> Tokenizer:
-    """The tokenizer trained on sources, each with its column of text, from the cache where it is there and whole."""
-    prints, columns = [_fingerprint(source, cache, log) for source, _ in readings], [column for _, column in readings]
+def cached_tokenizer(readings: Sequence[tuple[Source, str | Column]], vocab_size: int, cache: Path, log: Log, max_bad: int = 0) -> Tokenizer:
+    """The tokenizer trained on sources, each with its column, from the cache where it is there and whole. It can chat where one has conversations."""
+    prints, columns = [_fingerprint(source, cache, log) for source, _ in readings], [_column_key(column) for _, column in readings]
     known = (prints[0], columns[0]) if len(readings) == 1 else (prints, columns)
+    chat = any(Column.of(column).conversations for _, column in readings)
     folder = cache / "tokenizers" / _key(_TOKENIZER_FORMAT, *known, vocab_size, PATTERN, _SAMPLE_BYTES)
 
     def build(target: Path) -> None:
         began = time.perf_counter()
         documents = itertools.chain.from_iterable(iter_documents(source, column, _skips(source, max_bad)) for source, column in readings)
-        tokenizer = train_tokenizer(_sample(documents, _SAMPLE_BYTES), vocab_size)
+        tokenizer = train_tokenizer(_sample(documents, _SAMPLE_BYTES), vocab_size, chat_tokens=chat)
         tokenizer.save(target)
         log(f"data: trained a tokenizer of {tokenizer.vocab_size} tokens in {time.perf_counter() - began:.1f} s")
 
@@ -96,6 +103,11 @@ def cached_tokenizer(readings: Sequence[tuple[Source, str]], vocab_size: int, ca
 
 def _fingerprint(source: Source, cache: Path, log: Log) -> str:
     return source.fingerprint(HashRecord(cache / "hashes" / f"{_key(source.place)}.json", log))
+
+
+def _column_key(column: str | Column) -> object:
+    column = Column.of(column)
+    return {"conversations": column.name} if column.conversations else column.name
 
 
 def _skips(source: Source, max_bad: int) -> Skips:
@@ -120,26 +132,29 @@ def _sample(documents: Iterable[Document], size: int) -> list[str]:
 
 
 def tokenized_corpus(
-    source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log, max_bad: int = 0
+    source: Source, column: str | Column, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log, max_bad: int = 0
 ) -> tuple[Split, ...]:
     """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole.
 
     Up to `max_bad` bad documents are left out and named in the log.
     """
-    key = _key(_FORMAT, _fingerprint(source, cache, log), text_column, tokenizer.fingerprint, val_fraction)
+    key = _key(_FORMAT, _fingerprint(source, cache, log), _column_key(column), tokenizer.fingerprint, val_fraction)
     folder = cache / "corpora" / key
+    template = ChatTemplate(tokenizer) if Column.of(column).conversations else None
+    token_files = (*_TOKEN_FILES, "assistant.npy") if template is not None else _TOKEN_FILES
 
     def build(target: Path) -> None:
         began = time.perf_counter()
         skips = _skips(source, max_bad)
-        offsets, validation = _write_tokens(target / "tokens.npy", iter_documents(source, text_column, skips), source.key, tokenizer, val_fraction)
+        documents = iter_documents(source, column, skips)
+        offsets, validation = _write_tokens(target, documents, source.key, tokenizer, template, val_fraction)
         source.check_unchanged()
         np.save(target / "offsets.npy", offsets)
         np.save(target / "validation.npy", validation)
         (target / "skipped.json").write_text(json.dumps(skips.found))
         log(f"data: tokenised {offsets[-1] / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
 
-    _ensure_entry(folder, (*_TOKEN_FILES, "skipped.json"), build, log)
+    _ensure_entry(folder, (*token_files, "skipped.json"), build, log)
     skips = _skips(source, max_bad)
     skips.found += json.loads((folder / "skipped.json").read_text())
     skips.check()
@@ -150,34 +165,40 @@ def tokenized_corpus(
     offsets, validation = np.load(folder / "offsets.npy"), np.load(folder / "validation.npy")
     # Of what is stored, not of what it was made from: another version of a library may make something else of the same.
     hashes = json.loads((folder / "sha256.json").read_text())
-    content = hashlib.sha256(json.dumps({name: hashes[name] for name in _TOKEN_FILES}).encode()).hexdigest()[:24]
-    if val_fraction is None:
-        return (Split(tokens, offsets, np.arange(len(validation)), f"{content} all"),)
-    return (
-        Split(tokens, offsets, np.flatnonzero(~validation), f"{content} train"),
-        Split(tokens, offsets, np.flatnonzero(validation), f"{content} validation"),
-    )
+    content = hashlib.sha256(json.dumps({name: hashes[name] for name in token_files}).encode()).hexdigest()[:24]
+    assistant = None if template is None else np.load(folder / "assistant.npy", mmap_mode="r")
+    parts = {"all": np.arange(len(validation))} if val_fraction is None else {"train": np.flatnonzero(~validation), "validation": np.flatnonzero(validation)}
+    return tuple(Split(tokens, offsets, documents, f"{content} {name}", assistant) for name, documents in parts.items())
 
 
-def _write_tokens(file: Path, documents: Iterator[Document], key: str, tokenizer: Tokenizer, val_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Encode every document into `file`; returns offsets and which documents are for validation. Errors name the setting `key`."""
+def _write_tokens(
+    folder: Path, documents: Iterator[Document], key: str, tokenizer: Tokenizer, template: ChatTemplate | None, val_fraction: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode every document into tokens.npy in `folder`, and assistant.npy beside it for conversations; returns offsets and which documents are for
+    validation. Errors name the setting `key`."""
     first = list(itertools.islice(documents, 2))
     halves = None
-    if val_fraction is not None and len(first) == 1:
+    if val_fraction is not None and len(first) == 1 and template is None:
         halves = first = _split_document(first[0], val_fraction, key)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
     lengths: list[int] = []
     hashes: list[int] = []
-    with file.open("wb") as stream:
-        header_size = _write_header(stream, dtype, 0)
+    with ExitStack() as stack:
+        tokens = stack.enter_context(_ArrayFile(folder / "tokens.npy", np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32))
+        assistant = None if template is None else stack.enter_context(_ArrayFile(folder / "assistant.npy", np.bool_))
         for batch in _batches(itertools.chain(first, documents)):
-            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
+            if template is None:
+                encoded = tokenizer.encode_batch([document.text for document in batch])
+            else:
+                chats = template.encode_batch([document.messages for document in batch])
+                encoded = [chat.ids for chat in chats]
+                assert assistant is not None
+                for chat in chats:
+                    assistant.append(chat.assistant)
+            for document, ids in zip(batch, encoded, strict=True):
                 if ids:  # a tokenizer of another make may drop blank space, and with it a whole document
-                    stream.write(np.array(ids, dtype=dtype).tobytes())
+                    tokens.append(ids)
                     lengths.append(len(ids))
                     hashes.append(_hash(document.name))
-        stream.seek(0)
-        assert _write_header(stream, dtype, sum(lengths)) == header_size
     if not lengths:
         raise ConfigError(f"{key}: the corpus is empty: the tokenizer makes no tokens of it")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -227,11 +248,33 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write_header(stream: BinaryIO, dtype: np.dtype, count: int) -> int:
-    """The .npy header of a flat array; its size is the same for every count, so that it can be written over at the end."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(stream, header)
-    return stream.tell()
+class _ArrayFile:
+    """A flat .npy file that is written piece by piece."""
+
+    def __init__(self, file: Path, dtype: npt.DTypeLike) -> None:
+        self._dtype = np.dtype(dtype)
+        self._stream = file.open("wb")
+        self._count = 0
+        self._write_header()
+
+    def append(self, values: Sequence[int]) -> None:
+        self._stream.write(np.array(values, dtype=self._dtype).tobytes())
+        self._count += len(values)
+
+    def _write_header(self) -> None:
+        """Of one size whatever the count, so that it can be written over at the end."""
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self._stream, header)
+
+    def __enter__(self) -> _ArrayFile:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with self._stream:
+            size = self._stream.tell() - self._count * self._dtype.itemsize
+            self._stream.seek(0)
+            self._write_header()
+            assert self._stream.tell() == size
 
 
 # ------------------------------------------------------------------------------------------------------- entries

@@ -12,7 +12,7 @@ from typing import Any
 
 from nsa_transformer.config import ConfigError
 from nsa_transformer.data.files import BadDocument, HashRecord, LocalFile
-from nsa_transformer.data.readers import Document, document_of_row, listed
+from nsa_transformer.data.readers import Column, Document, document_of_row, listed
 from nsa_transformer.data.sources import FileSource
 
 __all__ = ["HubSource"]
@@ -73,17 +73,17 @@ class HubSource:
         if self._local is not None:  # a commit of the Hub does not change
             self._local.check_unchanged()
 
-    def documents(self, column: str, bad: Callable[[BadDocument], None]) -> Iterator[Document]:
+    def documents(self, column: Column, bad: Callable[[BadDocument], None]) -> Iterator[Document]:
         with _named(self.key, self._address):
             rows = self._builder.as_streaming_dataset(split=self._split)
-            if rows.features is not None and column not in rows.features:
-                raise ConfigError(f"{self.key}={self._address} has no column {column!r}, only {listed(rows.features)}; write data.text_column=COLUMN")
+            if rows.features is not None and column.name not in rows.features:
+                raise ConfigError(f"{self.key}={self._address} has no column {column.name!r}, only {listed(rows.features)}; write {column.setting}=COLUMN")
             for number, row in enumerate(rows, start=1):
                 where = f"{self._address} row {number}"
                 try:
-                    if column not in row:
-                        raise BadDocument(f"{where} has no column {column!r}, only {listed(row)}; write data.text_column=COLUMN")
-                    yield document_of_row(f"{self._split}#{number}", row[column], where, column)
+                    if column.name not in row:
+                        raise BadDocument(f"{where} has no column {column.name!r}, only {listed(row)}; write {column.setting}=COLUMN")
+                    yield document_of_row(f"{self._split}#{number}", row[column.name], where, column)
                 except BadDocument as error:
                     bad(error)
 

@@ -6,10 +6,11 @@ import hashlib
 import sys
 from collections.abc import Callable
 
-from nsa_transformer.config import ConfigError, DataConfig
+from nsa_transformer.config import ConfigError, DataConfig, MixtureSource
 from nsa_transformer.data.corpus import Split, cache_folder, cached_tokenizer, tokenized_corpus
 from nsa_transformer.data.mixture import MixtureStream, mixture_weights
 from nsa_transformer.data.pack import Pack, merge_packs
+from nsa_transformer.data.readers import Column
 from nsa_transformer.data.sources import open_source
 from nsa_transformer.data.stream import PackStream, lay_pack
 from nsa_transformer.data.tokenizer import Tokenizer
@@ -57,12 +58,13 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
 
     Raises `ConfigError` on data, a tokenizer or a cache folder that cannot be used.
     """
+    default = Column(config.messages_column, conversations=True) if config.messages_column is not None else Column(config.text_column)
     if config.mixture:
-        readings = [
-            (open_source(part.path, key=f"data.mixture[{number}].path"), part.text_column or config.text_column) for number, part in enumerate(config.mixture)
-        ]
+        readings = [(open_source(part.path, key=f"data.mixture[{number}].path"), _column(part, default)) for number, part in enumerate(config.mixture)]
     else:
-        readings = [(open_source(config.path), config.text_column)]
+        readings = [(open_source(config.path), default)]
+    if config.assistant_only_loss and not any(column.conversations for _, column in readings):
+        raise ConfigError("data.assistant_only_loss=true needs conversations; write data.messages_column=KEY, or data.assistant_only_loss=false")
     for source, _ in readings:
         log(f"data: {source.described}")
     cache, max_bad = cache_folder(config), config.max_bad_documents
@@ -84,7 +86,7 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
     if config.val_path is None:
         validation = [split[1] for split in splits]
     else:
-        validation = list(tokenized_corpus(open_source(config.val_path, key="data.val_path"), config.text_column, tokenizer, None, cache, log, max_bad))
+        validation = list(tokenized_corpus(open_source(config.val_path, key="data.val_path"), default, tokenizer, None, cache, log, max_bad))
     log(f"data: {_amount(train)} to train on; {_amount(validation)} to validate on")
 
     def stream(split: Split, order_seed: int, curriculum: int) -> PackStream:
@@ -95,6 +97,7 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
             pack_buffer=config.pack_buffer,
             eod_id=tokenizer.eod_id,
             length_curriculum=curriculum,
+            assistant_only=config.assistant_only_loss,
         )
 
     if not config.mixture:
@@ -106,6 +109,12 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
     if config.val_path is not None:
         return TextData(tokenizer, mixed, stream(validation[0], _VALIDATION_SEED, 0))
     return TextData(tokenizer, mixed, MixtureStream([stream(split, _VALIDATION_SEED, 0) for split in validation], weights, _VALIDATION_SEED))
+
+
+def _column(part: MixtureSource, default: Column) -> Column:
+    if part.messages_column is not None:
+        return Column(part.messages_column, conversations=True)
+    return default if part.text_column is None else Column(part.text_column)
 
 
 def _amount(splits: list[Split]) -> str:

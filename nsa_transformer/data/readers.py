@@ -1,27 +1,49 @@
-"""What lies in a file: text, JSONL or parquet to documents. What is no text is named by file and place."""
+"""What lies in a file: text, JSONL or parquet to documents or conversations. What is neither is named by file and place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nsa_transformer.config import ConfigError
+from nsa_transformer.data.chat import _check as check_conversation
 from nsa_transformer.data.files import BadDocument, CorpusFile, unpacked
 
-__all__ = ["Document", "read_file", "suffix_of"]
+__all__ = ["Column", "Document", "read_file", "suffix_of"]
 
 _JSONL = (".jsonl", ".ndjson")
 Bad = Callable[[BadDocument], None]
 
 
 @dataclass(frozen=True)
+class Column:
+    """The key or column that is read, and whether it holds conversations (lists of {"role": …, "content": …}) in place of text."""
+
+    name: str
+    conversations: bool = False
+
+    @property
+    def setting(self) -> str:
+        return "data.messages_column" if self.conversations else "data.text_column"
+
+    @classmethod
+    def of(cls, column: str | Column) -> Column:
+        return column if isinstance(column, Column) else cls(column)
+
+
+@dataclass(frozen=True)
 class Document:
-    """name: path relative to the source, and `#row` (from 1) inside JSONL, parquet and datasets. text: never empty."""
+    """name: path relative to the source, and `#row` (from 1) inside JSONL, parquet and datasets. text: not empty where sources hand it out.
+
+    messages: the conversation, for a column of such; `text` is then what is said in it.
+    """
 
     name: str
     text: str
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 def suffix_of(name: str) -> str:
@@ -30,7 +52,7 @@ def suffix_of(name: str) -> str:
     return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def read_file(file: CorpusFile, column: str, bad: Bad) -> Iterator[Document]:
+def read_file(file: CorpusFile, column: Column, bad: Bad) -> Iterator[Document]:
     """The documents of a file, empty ones too.
 
     `bad` is called with each `BadDocument` and raises it or lets it pass; then the document is left out, and where a file is damaged all that
@@ -42,6 +64,8 @@ def read_file(file: CorpusFile, column: str, bad: Bad) -> Iterator[Document]:
             yield from _read_parquet(file, column, bad)
         elif suffix in _JSONL:
             yield from _read_jsonl(file, column, bad)
+        elif column.conversations:
+            raise ConfigError(f"{file.where} is text; conversations come from .jsonl, .parquet or hf://. Leave it out, or write data.messages_column=null")
         else:
             with unpacked(file) as stream:
                 content = stream.read()
@@ -67,7 +91,7 @@ def _line(content: bytes, offset: int) -> int:
     return content.count(b"\n", 0, offset) + 1
 
 
-def _read_jsonl(file: CorpusFile, column: str, bad: Bad) -> Iterator[Document]:
+def _read_jsonl(file: CorpusFile, column: Column, bad: Bad) -> Iterator[Document]:
     number = 0
     with unpacked(file, lambda: f", after line {number}") as stream:
         for number, line in enumerate(stream, start=1):
@@ -78,7 +102,7 @@ def _read_jsonl(file: CorpusFile, column: str, bad: Bad) -> Iterator[Document]:
                 bad(error)
 
 
-def _parse_line(line: bytes, number: int, where: str, column: str) -> object:
+def _parse_line(line: bytes, number: int, where: str, column: Column) -> object:
     """The value of `column`, as it is; "" for a blank line."""
     text = _decode(line, where).removeprefix("\ufeff" if number == 1 else "")
     if not text.strip():
@@ -88,13 +112,13 @@ def _parse_line(line: bytes, number: int, where: str, column: str) -> object:
     except (ValueError, RecursionError) as error:
         raise BadDocument(f"{where} is not valid JSON ({error}); each line must be one object") from None
     if not isinstance(row, dict):
-        raise BadDocument(f"{where} is {type(row).__name__}, not an object with a {column!r} key")
-    if column not in row:
-        raise BadDocument(f"{where} has no key {column!r}, only {listed(row)}; write data.text_column=KEY")
-    return row[column]
+        raise BadDocument(f"{where} is {type(row).__name__}, not an object with a {column.name!r} key")
+    if column.name not in row:
+        raise BadDocument(f"{where} has no key {column.name!r}, only {listed(row)}; write {column.setting}=KEY")
+    return row[column.name]
 
 
-def _read_parquet(file: CorpusFile, column: str, bad: Bad) -> Iterator[Document]:
+def _read_parquet(file: CorpusFile, column: Column, bad: Bad) -> Iterator[Document]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -104,15 +128,8 @@ def _read_parquet(file: CorpusFile, column: str, bad: Bad) -> Iterator[Document]
     with file.open() as raw:
         try:
             with pq.ParquetFile(raw) as table:
-                schema = table.schema_arrow
-                if column not in schema.names:
-                    raise ConfigError(f"{file.where} has no column {column!r}, only {listed(schema.names)}; write data.text_column=COLUMN")
-                kind = schema.field(column).type
-                value = kind.value_type if pa.types.is_dictionary(kind) else kind
-                if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
-                    names = listed(schema.names)
-                    raise ConfigError(f"{file.where} column {column!r} holds {kind}, not text; write data.text_column=COLUMN with one of {names}")
-                for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                _check_schema(table.schema_arrow, file.where, column)
+                for batch in table.iter_batches(batch_size=1024, columns=[column.name]):
                     for cell in batch.column(0):
                         number += 1
                         where = f"{file.where} row {number}"
@@ -126,6 +143,23 @@ def _read_parquet(file: CorpusFile, column: str, bad: Bad) -> Iterator[Document]
             raise BadDocument(f"{file.where} is a damaged or truncated parquet file, after row {number} ({error}); fetch or write it again") from None
 
 
+def _check_schema(schema: Any, where: str, column: Column) -> None:
+    import pyarrow as pa
+
+    names = listed(schema.names)
+    if column.name not in schema.names:
+        raise ConfigError(f"{where} has no column {column.name!r}, only {names}; write {column.setting}=COLUMN")
+    kind = schema.field(column.name).type
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if column.conversations:
+        fits = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
+    else:
+        fits = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+    if not fits:
+        what = "conversations" if column.conversations else "text"
+        raise ConfigError(f"{where} column {column.name!r} holds {kind}, not {what}; write {column.setting}=COLUMN with one of {names}")
+
+
 def _text_of(cell: object, where: str) -> object:
     try:
         return cell.as_py()  # type: ignore[attr-defined]
@@ -133,17 +167,30 @@ def _text_of(cell: object, where: str) -> object:
         raise BadDocument(f"{where} is not valid UTF-8 ({error}); convert it or leave it out") from None
 
 
-def document_of_row(name: str, text: object, where: str, column: str) -> Document:
-    """A cell as a document; null is an empty one."""
-    if text is None:
-        text = ""
-    if not isinstance(text, str):
-        raise BadDocument(f"{where}: {column!r} is {type(text).__name__}, not text; write data.text_column=KEY")
+def document_of_row(name: str, value: object, where: str, column: Column) -> Document:
+    """A cell as a document; null and a conversation without messages are empty ones."""
+    if value is None:
+        value = [] if column.conversations else ""
+    if column.conversations:
+        return _conversation(name, value, where)
+    if not isinstance(value, str):
+        raise BadDocument(f"{where}: {column.name!r} is {type(value).__name__}, not text; write data.text_column=KEY")
     try:
-        text.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadDocument(f"{where}: {column!r} has a lone surrogate at character {error.start}, which is not valid text") from None
-    return Document(name, text)
+        raise BadDocument(f"{where}: {column.name!r} has a lone surrogate at character {error.start}, which is not valid text") from None
+    return Document(name, value)
+
+
+def _conversation(name: str, value: object, where: str) -> Document:
+    if isinstance(value, list) and not value:
+        return Document(name, "")
+    try:
+        check_conversation(value)
+    except ValueError as error:
+        raise BadDocument(f"{where}: {error}") from None
+    assert isinstance(value, list)
+    return Document(name, "\n".join(message["content"] for message in value) or "\n", tuple(value))
 
 
 def listed(names: object) -> str:

@@ -17,9 +17,9 @@ from urllib.request import url2pathname
 
 from nsa_transformer.config import ConfigError
 from nsa_transformer.data.files import BadDocument, CorpusFile, HashRecord, LocalFile, RemoteFile, file_system
-from nsa_transformer.data.readers import Document, read_file, suffix_of
+from nsa_transformer.data.readers import Column, Document, read_file, suffix_of
 
-__all__ = ["Document", "FileSource", "Skips", "Source", "iter_documents", "open_source", "read_documents"]
+__all__ = ["Column", "Document", "FileSource", "Skips", "Source", "iter_documents", "open_source", "read_documents"]
 
 # Files that lie beside text in many folders and are never text: passed over when a folder or glob finds them, refused when named outright.
 _BINARY = frozenset(
@@ -59,7 +59,7 @@ class Source(Protocol):
     def check_unchanged(self) -> None:
         """Raises `ConfigError` where the content is not what `fingerprint` saw."""
 
-    def documents(self, column: str, bad: Callable[[BadDocument], None]) -> Iterator[Document]: ...
+    def documents(self, column: Column, bad: Callable[[BadDocument], None]) -> Iterator[Document]: ...
 
 
 @dataclass
@@ -132,7 +132,7 @@ class FileSource:
             if self._of(file, partial(file.stamp, fresh=True)) != self._stamps.get(file.name):
                 raise ConfigError(f"{self.key}: {file.where} changed while it was being read; start again when nothing writes to it")
 
-    def documents(self, column: str, bad: Callable[[BadDocument], None]) -> Iterator[Document]:
+    def documents(self, column: Column, bad: Callable[[BadDocument], None]) -> Iterator[Document]:
         for file in self.files:
             try:
                 yield from read_file(file, column, bad)
@@ -148,11 +148,11 @@ def read_documents(path: str | os.PathLike[str] | None, text_column: str = "text
     return iter_documents(open_source(path), text_column)
 
 
-def iter_documents(source: Source, text_column: str, skips: Skips | None = None) -> Iterator[Document]:
+def iter_documents(source: Source, column: str | Column, skips: Skips | None = None) -> Iterator[Document]:
     """The documents of a source; see `read_documents`. `skips` says how many bad ones may be left out (None: not one), and what they were."""
     skips = skips or Skips(source.key, None if source.default else 0)
     empty = True
-    for document in source.documents(text_column, skips):
+    for document in source.documents(Column.of(column), skips):
         if document.text:
             empty = False
             yield document

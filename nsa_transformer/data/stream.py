@@ -20,8 +20,12 @@ _ORDER_VERSION = 2  # raise it when the same settings come to mean another order
 _PLANS_KEPT = 2
 
 
-def lay_pack(split: Split, fragments: list[tuple[int, int, int]], max_length: int, eod_id: int, num_boundaries: int) -> Pack:
-    """The pack of these (document, start, length). The unused tail is one padding document; `cu_seqlens` is padded to `num_boundaries`."""
+def lay_pack(split: Split, fragments: list[tuple[int, int, int]], max_length: int, eod_id: int, num_boundaries: int, assistant_only: bool = False) -> Pack:
+    """The pack of these (document, start, length). The unused tail is one padding document; `cu_seqlens` is padded to `num_boundaries`.
+
+    `assistant_only` leaves the targets of a conversation that the assistant does not write out of the loss, end-of-document among them.
+    """
+    mask = split.assistant if assistant_only else None
     tokens = np.full(max_length, eod_id, dtype=np.int64)
     targets = np.full(max_length, IGNORE, dtype=np.int64)
     bounds = np.full(num_boundaries, max_length, dtype=np.int32)
@@ -33,7 +37,10 @@ def lay_pack(split: Split, fragments: list[tuple[int, int, int]], max_length: in
         tokens[at : at + length] = here[:length]
         targets[at : at + len(here) - 1] = here[1:]
         if len(here) == length:  # the document ends here
-            targets[at + length - 1] = eod_id
+            targets[at + length - 1] = eod_id if mask is None else IGNORE
+        if mask is not None:
+            written = mask[begin + start + 1 : begin + start + len(here)]
+            targets[at : at + len(written)][~written] = IGNORE
         at += length
         bounds[number] = at
     return Pack(
@@ -47,12 +54,14 @@ def lay_pack(split: Split, fragments: list[tuple[int, int, int]], max_length: in
 class PackStream:
     """Packs of a split, epoch after epoch without end, each epoch in an order of its own.
 
-    `pack(index)` depends on nothing but the split, `max_length`, `seed`, `pack_buffer`, `length_curriculum` and `index`: not on ranks, nor on what
-    was read before.
+    `pack(index)` depends on nothing but the split, the arguments below and `index`: not on ranks, nor on what was read before.
     """
 
-    def __init__(self, split: Split, *, max_length: int, seed: int, pack_buffer: int, eod_id: int, length_curriculum: int = 0) -> None:
+    def __init__(
+        self, split: Split, *, max_length: int, seed: int, pack_buffer: int, eod_id: int, length_curriculum: int = 0, assistant_only: bool = False
+    ) -> None:
         self.split = split
+        self.assistant_only = assistant_only and split.assistant is not None
         self.max_length = max_length
         self.seed = seed
         self.pack_buffer = pack_buffer
@@ -73,7 +82,9 @@ class PackStream:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything the order depends on, and of the first epoch's: streams with the same one yield the same packs."""
-        parts = (_ORDER_VERSION, self.split.fingerprint, self.max_length, self.seed, self.pack_buffer, self.length_curriculum, self.eod_id)
+        parts: tuple[object, ...] = (_ORDER_VERSION, self.split.fingerprint, self.max_length, self.seed, self.pack_buffer, self.length_curriculum, self.eod_id)
+        if self.assistant_only:
+            parts += ("assistant only",)
         digest = hashlib.sha256(json.dumps(parts).encode())
         plan = self._plan(0)  # numpy promises no one order for a seed in all of its versions
         for part in (plan.document, plan.start, plan.length, plan.offsets):
@@ -113,7 +124,7 @@ class PackStream:
     def pack(self, index: int) -> Pack:
         """Pack number `index`: tokens and targets [max_length] int64. The unused tail is one padding document."""
         epoch, place = self.locate(index)
-        return lay_pack(self.split, self._plan(epoch).fragments(place), self.max_length, self.eod_id, self.num_boundaries)
+        return lay_pack(self.split, self._plan(epoch).fragments(place), self.max_length, self.eod_id, self.num_boundaries, self.assistant_only)
 
     def plan_in_order(self, order: np.ndarray) -> PackPlan:
         """The packs of these documents, taken up in this order."""
