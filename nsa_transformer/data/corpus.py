@@ -152,15 +152,16 @@ def tokenized_corpus(
         np.save(target / "offsets.npy", offsets)
         np.save(target / "validation.npy", validation)
         (target / "skipped.json").write_text(json.dumps(skips.found))
+        if source.default and skips.found:
+            log(f"data: left out {len(skips.found)} files that are not UTF-8 text, which Python's test-suite has on purpose")
         log(f"data: tokenised {offsets[-1] / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
 
     _ensure_entry(folder, (*token_files, "skipped.json"), build, log)
     skips = _skips(source, max_bad)
     skips.found += json.loads((folder / "skipped.json").read_text())
     skips.check()
-    if skips.found:
-        kind = "files that are not UTF-8 text" if source.default else "bad documents"
-        log(f"data: left out {len(skips.found)} {kind}: {'; '.join(skips.found[:3])}{'; …' * (len(skips.found) > 3)}")
+    if skips.found and not source.default:
+        log(f"data: left out {len(skips.found)} bad documents: {'; '.join(skips.found[:3])}{'; …' * (len(skips.found) > 3)}")
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     offsets, validation = np.load(folder / "offsets.npy"), np.load(folder / "validation.npy")
     # Of what is stored, not of what it was made from: another version of a library may make something else of the same.
