@@ -244,9 +244,9 @@ def render(results: Row) -> str:
 
 WAITING = """## What a step waits
 
-Milliseconds to make a pack, in the order of training, with the tokens in memory or on the disk alone (the system's cache dropped), and the share of a training step
-that this is at so many tokens per second and rank. Nothing is made ahead in the background: this is the whole wait but for the transfer to the device, and for planning
-an epoch (most of *pack 0* above) once in it."""
+Milliseconds to make a pack, in the order of training, with the tokens in memory or on the disk alone (the system's cache dropped), and the share of
+a training step that this is at so many tokens per second and rank. Nothing is made ahead in the background: this is the whole wait but for the transfer
+to the device, and for planning an epoch (most of *pack 0* above) once in it."""
 
 EXPLAINED = """- *Cold*: hash, read, tokenise, write the cache, and make all packs of 8k once; the tokenizer is there.
 - *Cached*: packs in the order of training, planning of the epochs included, on one core.
