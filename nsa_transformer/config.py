@@ -349,7 +349,7 @@ class DataConfig:
 
     path: str | None = doc(
         "Text, JSONL or parquet: a file, a folder (searched recursively), a glob, or a URL of one of these that fsspec reads; or "
-        "`hf://NAME[:CONFIG][@SPLIT]`, a dataset by name. null: the source of Python's own standard library, which every machine has.",
+        "`hf://NAME[:CONFIG][@SPLIT][?REVISION]`, a dataset by name. null: the source of Python's own standard library, which every machine has.",
         None,
     )
     mixture: tuple[MixtureSource, ...] = doc(

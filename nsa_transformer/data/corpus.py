@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -181,8 +182,7 @@ def _write_tokens(
     halves = None
     if val_fraction is not None and len(first) == 1 and template is None:
         halves = first = _split_document(first[0], val_fraction, key)
-    lengths: list[int] = []
-    hashes: list[int] = []
+    lengths, hashes = array("q"), array("Q")  # of many documents, in little memory
     with ExitStack() as stack:
         tokens = stack.enter_context(_ArrayFile(folder / "tokens.npy", np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32))
         assistant = None if template is None else stack.enter_context(_ArrayFile(folder / "assistant.npy", np.bool_))

@@ -22,7 +22,8 @@ __all__ = ["BadDocument", "CorpusFile", "HashRecord", "LocalFile", "RemoteFile",
 _UNPACKED = (".gz", ".zst")
 _SETTLED = 2.0  # seconds; a file changed later than this before it was read may change again without its times showing it
 # What stores say of a file that changes whenever its content does. Without one of them the content is read each time.
-_MARKS = ("ETag", "etag", "md5Hash", "md5", "checksum", "generation", "version_id", "LastModified", "last_modified", "mtime", "modified", "updated")
+_TIMES = ("LastModified", "last_modified", "mtime", "modified", "updated")
+_MARKS = ("ETag", "etag", "md5Hash", "md5", "checksum", "generation", "version_id", *_TIMES)
 
 
 class BadDocument(ConfigError):
@@ -42,7 +43,7 @@ class CorpusFile(Protocol):
         """What changes when the content does; None where the file system tells no such thing. `fresh`: as of now, not as of the listing."""
 
     def changed_at(self) -> float:
-        """Newest time stamp, in seconds since 1970; 0 where the stamp does not rest on times."""
+        """Newest time stamp, in seconds since 1970; 0 where the stamp rests on no time."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class RemoteFile:
         return str(self.system.unstrip_protocol(self.path))
 
     def open(self) -> BinaryIO:
-        with _as_os_error():
-            stream: BinaryIO = self.system.open(self.path, "rb")
+        stream: BinaryIO = self.system.open(self.path, "rb")
         return stream
 
     def size(self) -> int:
@@ -93,25 +93,14 @@ class RemoteFile:
     def stamp(self, fresh: bool = False) -> list[Any] | None:
         info = self.info
         if fresh:
-            with _as_os_error():
-                self.system.invalidate_cache(self.system._parent(self.path))
-                info = self.system.info(self.path)
+            self.system.invalidate_cache(self.system._parent(self.path))
+            info = self.system.info(self.path)
         marks = [f"{key}={info[key]}" for key in _MARKS if info.get(key)]
         return [info.get("size"), *marks] if marks else None
 
     def changed_at(self) -> float:
-        return 0.0
-
-
-@contextmanager
-def _as_os_error() -> Iterator[None]:
-    """Stores have errors of their own for what a disk says with an OSError."""
-    try:
-        yield
-    except (OSError, ConfigError):
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        times = [getattr(value, "timestamp", lambda value=value: value)() for value in map(self.info.get, _TIMES)]
+        return max((float(value) for value in times if isinstance(value, int | float)), default=0.0)
 
 
 def file_system(url: str, key: str) -> tuple[Any, str]:

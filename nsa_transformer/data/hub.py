@@ -1,4 +1,4 @@
-"""Datasets by name: `hf://NAME[:CONFIG][@SPLIT]`, streamed by the `datasets` library, of the Hugging Face Hub or of a local folder."""
+"""Datasets by name: `hf://NAME[:CONFIG][@SPLIT][?REVISION]`, streamed by the `datasets` library, of the Hugging Face Hub or of a local folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nsa_transformer.data.sources import FileSource
 
 __all__ = ["HubSource"]
 
-_FORM = re.compile(r"hf://(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
+_FORM = re.compile(r"hf://(?P<name>[^:@?]+)(:(?P<config>[^:@?]+))?(@(?P<split>[^:@?]+))?(\?(?P<revision>[^:@?]+))?")
 
 
 class HubSource:
@@ -40,14 +40,14 @@ class HubSource:
         """Raises `ConfigError` where the address is none, the package is missing, or there is no such dataset, configuration or split."""
         match = _FORM.fullmatch(address)
         if match is None:
-            raise ConfigError(f"{key}={address} is not hf://NAME[:CONFIG][@SPLIT]; write for example hf://owner/name:default@train")
+            raise ConfigError(f"{key}={address} is not hf://NAME[:CONFIG][@SPLIT][?REVISION]; write for example hf://owner/name:default@train")
         name, config, split = match["name"], match["config"], match["split"] or "train"
         try:
             import datasets
         except ImportError:
             raise ConfigError(f"{key}={address} needs the package datasets; pip install datasets") from None
         with _named(key, address):
-            builder = datasets.load_dataset_builder(name, config)
+            builder = datasets.load_dataset_builder(name, config, revision=match["revision"])
         files = builder.config.data_files
         if not files:
             raise ConfigError(f"{key}={address} is a dataset without data files, which cannot be streamed; export it to parquet and name the files")

@@ -8,10 +8,10 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -33,7 +33,6 @@ _BINARY = frozenset(
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^:]+)*://")
 _HUB_FILES = ("datasets/", "buckets/", "spaces/")  # after hf://, of fsspec's own hf:// file system
-T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -106,14 +105,25 @@ class FileSource:
 
     @property
     def num_bytes(self) -> int:
-        return sum(self._of(file, file.size) for file in self.files)
+        total = 0
+        for file in self.files:
+            with self._named(file):
+                total += file.size()
+        return total
 
-    def _of(self, file: CorpusFile, call: Callable[[], T]) -> T:
-        """`call()`, with the file named where it cannot be read."""
+    @contextmanager
+    def _named(self, file: CorpusFile) -> Iterator[None]:
+        """Whatever keeps a file from being read is said with its name; stores and networks have errors of many makes."""
         try:
-            return call()
+            yield
+        except ConfigError:
+            raise
         except OSError as error:
             raise ConfigError(f"{self.key}: {file.where} cannot be read: {error.strerror or error}") from None
+        except Exception as error:
+            if not isinstance(file, RemoteFile):
+                raise
+            raise ConfigError(f"{self.key}: {file.where} cannot be read: {type(error).__name__}: {error}") from error
 
     def fingerprint(self, record: HashRecord | None = None) -> str:
         if self._fingerprint is not None:
@@ -121,7 +131,8 @@ class FileSource:
         record = record or HashRecord(None, print)
         digest = hashlib.sha256(str(self.default).encode())
         for file in self.files:
-            content, self._stamps[file.name] = self._of(file, partial(record.of, file))
+            with self._named(file):
+                content, self._stamps[file.name] = record.of(file)
             digest.update(f"{os.fsencode(file.name).hex()} {content}\n".encode())
         record.save()
         self._fingerprint = digest.hexdigest()[:32]
@@ -129,15 +140,14 @@ class FileSource:
 
     def check_unchanged(self) -> None:
         for file in self.files:
-            if self._of(file, partial(file.stamp, fresh=True)) != self._stamps.get(file.name):
-                raise ConfigError(f"{self.key}: {file.where} changed while it was being read; start again when nothing writes to it")
+            with self._named(file):
+                if file.stamp(fresh=True) != self._stamps.get(file.name):
+                    raise ConfigError(f"{self.key}: {file.where} changed while it was being read; start again when nothing writes to it")
 
     def documents(self, column: Column, bad: Callable[[BadDocument], None]) -> Iterator[Document]:
         for file in self.files:
-            try:
+            with self._named(file):
                 yield from read_file(file, column, bad)
-            except OSError as error:
-                raise ConfigError(f"{self.key}: {file.where} cannot be read: {error.strerror or error}") from None
 
 
 def read_documents(path: str | os.PathLike[str] | None, text_column: str = "text") -> Iterator[Document]:
@@ -165,7 +175,8 @@ def iter_documents(source: Source, column: str | Column, skips: Skips | None = N
 
 def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> Source:
     """What `path` stands for: a file, a folder (recursive, without hidden entries), a glob, a URL of one of these that fsspec reads, or
-    `hf://NAME[:CONFIG][@SPLIT]` for a dataset of the `datasets` library. None: Python's own standard library.
+    `hf://NAME[:CONFIG][@SPLIT][?REVISION]` for a dataset of the `datasets`
+    library. None: Python's own standard library.
 
     `key` is the setting that errors name. Raises `ConfigError` where there is nothing to read.
     """

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,18 @@ def test_a_protocol_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) ->
         found("s3://bucket/x")
 
 
+class _Failing:
+    """A stream that opens and cannot be read."""
+
+    def __init__(self, fail: Any) -> None:
+        self.read = fail
+
+    def __enter__(self) -> _Failing:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 def test_a_store_that_fails(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe("/d/a.txt", b"a")
 
@@ -318,6 +331,10 @@ def test_a_store_that_fails(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(memory, "open", fail)
     with pytest.raises(ConfigError, match=r"a\.txt cannot be read: RuntimeError: credentials are wrong"):
         source.fingerprint()
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "open", lambda *_: _Failing(fail))
+    with pytest.raises(ConfigError, match=r"a\.txt cannot be read: RuntimeError: credentials are wrong"):
+        list(iter_documents(source, "text"))
     monkeypatch.setattr(memory, "isfile", fail)
     with pytest.raises(ConfigError, match=r"memory://d cannot be read: RuntimeError: credentials"):
         open_source("memory://d")
@@ -335,10 +352,11 @@ class FakeFiles(list):  # type: ignore[type-arg]
 def fake_datasets(rows: list[Any], commit: str = "c1", columns: tuple[str, ...] = ("text", "id")) -> Any:
     """A `datasets` of one dataset, owner/name, with the splits train and test."""
 
-    def load_dataset_builder(name: str, config: str | None) -> Any:
+    def load_dataset_builder(name: str, config: str | None, revision: str | None = None) -> Any:
         if name != "owner/name":
             raise FileNotFoundError(f"no dataset {name}\nand a long explanation")
-        files = {split: FakeFiles([f"hf://datasets/owner/name@{commit}/{split}.parquet"], commit) for split in ("train", "test")}
+        at = revision or commit
+        files = {split: FakeFiles([f"hf://datasets/owner/name@{at}/{split}.parquet"], at) for split in ("train", "test")}
 
         class Rows(list):  # type: ignore[type-arg]
             features = dict.fromkeys(columns)
@@ -358,6 +376,7 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(prints) == 3
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets([], commit="c2"))
     assert open_source("hf://owner/name").fingerprint() not in prints
+    assert open_source("hf://owner/name?c1").fingerprint() in prints
 
 
 def test_datasets_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,3 +414,12 @@ def test_a_local_folder_through_the_library(tmp_path: Path, later: None, monkeyp
 
 def test_a_bad_document_is_an_error_of_the_configuration() -> None:
     assert issubclass(BadDocument, ConfigError)
+
+
+def test_times_of_a_store_count_as_those_of_a_disk(memory: Any, tmp_path: Path) -> None:
+    """A file written in this second may be written again in it."""
+    memory.pipe("/a.txt", b"a")
+    for value in (time.time(), datetime.now(UTC)):
+        file = RemoteFile(memory, "/a.txt", "a.txt", {"size": 1, "mtime": value})
+        assert abs(file.changed_at() - time.time()) < 60
+    assert RemoteFile(memory, "/a.txt", "a.txt", {"size": 1, "ETag": "x", "mtime": "Tue"}).changed_at() == 0
