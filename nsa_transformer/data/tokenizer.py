@@ -130,7 +130,7 @@ class Tokenizer:
         stretches = re.split("([\udc80-\udcff]+)", text)
         if len(stretches) == 1:
             return self.encode(text)
-        vocab = self._backend.get_vocab(with_added_tokens=False) if self._is_byte_level else {}
+        vocab = self._backend.get_vocab(with_added_tokens=False) if self.is_byte_level else {}
         token_of = {chr(0xDC00 + byte): vocab.get(BYTE_ALPHABET[byte]) for byte in range(0x80, 0x100)}
         encoded = iter(self.encode_batch(stretches[::2]))
         ids = next(encoded)
@@ -165,7 +165,7 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of token ids, exact for byte-level BPE also where a character is cut in the middle; else those of `decode`."""
         listed = self._in_range(ids)
-        if not self._is_byte_level:
+        if not self.is_byte_level:
             return self._backend.decode(listed, skip_special_tokens=True).encode()
         return b"".join(map(self._token_bytes.__getitem__, listed))
 
@@ -177,7 +177,8 @@ class Tokenizer:
         return listed
 
     @cached_property
-    def _is_byte_level(self) -> bool:
+    def is_byte_level(self) -> bool:
+        """Whether every token stands for bytes of its own, whatever stands beside it."""
         return '"ByteLevel"' in json.dumps(self._spec.get("decoder"))
 
     @cached_property
@@ -219,7 +220,7 @@ class Tokenizer:
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in self._backend.get_vocab(with_added_tokens=False).items():
-            if self._is_byte_level:
+            if self.is_byte_level:
                 lengths[i] = len(token)  # one character of the byte alphabet per byte
             elif re.fullmatch("<0x[0-9A-F]{2}>", token):
                 lengths[i] = 1
