@@ -54,7 +54,14 @@ def cut_text(text: str, size: int = _CUT_SIZE) -> list[str]:
 def _whole_pieces(text: str, start: int, size: int) -> int:
     """For text with no other place to cut (Chinese, base64): the length of the pieces within `size` characters from `start`, where a piece begins."""
     part = text[start : start + size]
-    return len(part) if start + size >= len(text) else len(part) - len(_take_undecided(_split(part), len(part)))
+    if start + size >= len(text):
+        return len(part)
+    pieces = _split(part)
+    length = len(part) - len(_take_undecided(pieces, len(part)))
+    # A lone blank before a word is a piece because of that word; at the end of a part it would join the blanks before it.
+    while len(pieces[-1]) == 1 and pieces[-1].isspace() and pieces[-1] not in "\r\n":
+        length -= len(pieces.pop())
+    return length
 
 
 def split_pieces(text: str, final: bool = True, size: int = _CUT_SIZE) -> Iterator[list[str]]:

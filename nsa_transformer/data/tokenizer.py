@@ -34,24 +34,22 @@ class Tokenizer:
 
     def __init__(self, content: str) -> None:
         """`content` is the text of a tokenizer.json. Raises `ConfigError` if it is none, or has no end-of-document token."""
-        import tokenizers
-
         try:
             spec = json.loads(content)
             spec["truncation"] = spec["padding"] = None
             self.eod_token, self.eod_id = _mark_end_of_document(spec)
             for name in (CHAT_START, CHAT_END):
                 _mark_special(spec, name)
-            self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self._backend = _open_backend(spec)
         except ConfigError:
             raise
         except Exception as error:  # the library raises bare Exception for whatever it cannot read
             raise ConfigError(f"not a valid tokenizer.json ({error})") from None
-        self._backend.encode_special_tokens = True  # the name of a special token in a text is text
         self._spec = spec
         self._pieces = PieceTable(self._backend.model) if _has_our_pieces(spec) else None
-        if self.eod_id in self.encode(self.eod_token):
-            raise ConfigError(f"reads the text {self.eod_token!r} as its end-of-document token, so documents could not be told apart")
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str]]:
+        return Tokenizer, (self.to_json(),)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -282,6 +280,28 @@ def _pre_tokenizer() -> Any:
 
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _open_backend(spec: dict[str, Any]) -> Any:
+    """The library's tokenizer, to which the name of a special token in a text is text."""
+    import tokenizers
+
+    def from_spec() -> Any:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        backend.encode_special_tokens = True
+        return backend
+
+    backend = from_spec()
+    # Some models have the names in their own vocabulary too (Unigram) and would find them there. They are shown no name whole.
+    special = [(added["content"], added["id"]) for added in spec["added_tokens"] if added["special"] and len(added["content"]) > 1]
+    found = [name for name, token in special if token in backend.encode(name, add_special_tokens=False).ids]
+    if found:
+        inside = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in found)
+        split = {"type": "Split", "pattern": {"Regex": inside}, "behavior": "Isolated", "invert": False}
+        before = spec.get("pre_tokenizer")
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*([before] if before else []), split]}
+        backend = from_spec()
+    return backend
 
 
 def _has_our_pieces(spec: dict[str, Any]) -> bool:
