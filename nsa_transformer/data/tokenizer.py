@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nsa_transformer.config import ConfigError
+from nsa_transformer.data.bpe import learn_merges
 from nsa_transformer.data.pieces import BYTE_ALPHABET, PATTERN, PieceTable, cut_text, split_pieces
 from nsa_transformer.utils.files import write_atomic
 
@@ -248,29 +250,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Callable[[i
             f"vocab_size={vocab_size} is too small for a byte-level tokenizer: 256 bytes and {least - 256} special tokens need {least}; "
             f"write model.vocab_size={least} or more"
         )
+    from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    backend = Backend(models.BPE())
+    pieces: Counter[str] = Counter()
+    read = 0
+    for text in texts:
+        for part in split_pieces(_checked(text)):
+            pieces.update(part)
+        read += len(text)
+        if progress is not None:
+            progress(read)
+    alphabet = sorted(BYTE_ALPHABET)
+    tokens = [END_OF_DOCUMENT.encode(), *(bytes([BYTE_ALPHABET.index(character)]) for character in alphabet)]
+    first_ids = [1 + alphabet.index(character) for character in BYTE_ALPHABET]
+    merges = learn_merges({piece.encode(): count for piece, count in pieces.items()}, first_ids, tokens, vocab_size - 2 * chat_tokens)
+    names = [END_OF_DOCUMENT, *(token.decode("latin-1").translate(BYTE_ALPHABET) for token in tokens[1:])]
+    vocab = {name: i for i, name in enumerate(names)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[(names[left], names[right]) for left, right in merges]))
     backend.pre_tokenizer = _pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2 * chat_tokens,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-
-    def parts() -> Iterator[str]:
-        read = 0
-        for text in texts:
-            for part in cut_text(text):
-                yield part
-                read += len(part)
-                if progress is not None:
-                    progress(read)
-
-    backend.train_from_iterator(parts(), trainer)
+    backend.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
     tokenizer = Tokenizer(backend.to_str())
     return tokenizer.with_chat_tokens() if chat_tokens else tokenizer
 
