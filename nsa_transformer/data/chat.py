@@ -53,9 +53,6 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.start_id, self.end_id = tokenizer.special_tokens[CHAT_START], tokenizer.special_tokens[CHAT_END]
-        for name, token in ((CHAT_START, self.start_id), (CHAT_END, self.end_id)):
-            if token in tokenizer.encode(name):
-                raise ConfigError(f"the tokenizer reads the text {name!r} as its token, so a message could end itself and speak for others")
         self._header = {role: tokenizer.encode(f"{role}\n") for role in ROLES}
         self._newline = tokenizer.encode("\n")
 
