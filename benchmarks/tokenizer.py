@@ -34,9 +34,9 @@ from benchmarks import record, vocabularies
 from benchmarks.page import markdown_table
 from benchmarks.vocabularies import Candidate
 from nsa_transformer.config import ConfigError, DataConfig
-from nsa_transformer.data.loader import open_data
+from nsa_transformer.data.loader import PackStream, open_data
 from nsa_transformer.data.pieces import PATTERN
-from nsa_transformer.data.sources import iter_documents, open_source
+from nsa_transformer.data.sources import FileSource, iter_documents, open_source
 from nsa_transformer.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_transformer.utils.hardware import cpu_model, installed_version
 
@@ -178,13 +178,18 @@ def files_to_packs(path: str | None, tokenizer: Tokenizer) -> Row:
 
         def run() -> int:
             data = open_data(config, tokenizer.vocab_size, seed=0, log=lambda _: None)
+            tokens = 0
             for stream in (data.train, data.validation):
+                assert isinstance(stream, PackStream)  # no mixture
                 for pack in range(stream.packs_in_epoch(0)):
                     stream.pack(pack)
-            return data.train.split.num_tokens + data.validation.split.num_tokens
+                tokens += stream.split.num_tokens
+            return tokens
 
         tokens, seconds = timed(run)
-    return {"bytes": open_source(path, key="--text").num_bytes, "tokens": tokens, "seconds": seconds}
+    source = open_source(path, key="--text")
+    assert isinstance(source, FileSource)
+    return {"bytes": source.num_bytes, "tokens": tokens, "seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the page

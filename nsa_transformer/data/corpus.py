@@ -187,8 +187,9 @@ def _write_tokens(
         tokens = stack.enter_context(_ArrayFile(folder / "tokens.npy", np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32))
         assistant = None if template is None else stack.enter_context(_ArrayFile(folder / "assistant.npy", np.bool_))
         for batch in _batches(itertools.chain(first, documents)):
+            encoded: Iterable[Sequence[int] | np.ndarray]
             if template is None:
-                encoded = tokenizer.encode_batch([document.text for document in batch])
+                encoded = _encode([document.text for document in batch], tokenizer)
             else:
                 chats = template.encode_batch([document.messages for document in batch])
                 encoded = [chat.ids for chat in chats]
@@ -196,7 +197,7 @@ def _write_tokens(
                 for chat in chats:
                     assistant.append(chat.assistant)
             for document, ids in zip(batch, encoded, strict=True):
-                if ids:  # a tokenizer of another make may drop blank space, and with it a whole document
+                if len(ids):  # a tokenizer of another make may drop blank space, and with it a whole document
                     tokens.append(ids)
                     lengths.append(len(ids))
                     hashes.append(_hash(document.name))
@@ -210,6 +211,13 @@ def _write_tokens(
     if halves is not None:
         return offsets, np.array([False, True])
     return offsets, choose_validation(np.array(hashes, dtype=np.uint64), val_fraction)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.ndarray]:
+    """Token ids of each text; of a huge one piece by piece, since a list of Python's numbers takes many times its size."""
+    short = iter(tokenizer.encode_batch([text for text in texts if len(text) <= _BATCH_CHARACTERS]))
+    for text in texts:
+        yield next(short) if len(text) <= _BATCH_CHARACTERS else np.concatenate(list(tokenizer.encode_stream([text])))
 
 
 def choose_validation(hashes: np.ndarray, fraction: float) -> np.ndarray:
@@ -258,7 +266,7 @@ class _ArrayFile:
         self._count = 0
         self._write_header()
 
-    def append(self, values: Sequence[int]) -> None:
+    def append(self, values: Sequence[int] | np.ndarray) -> None:
         self._stream.write(np.array(values, dtype=self._dtype).tobytes())
         self._count += len(values)
 
