@@ -47,10 +47,10 @@ Row = dict[str, Any]
 
 
 def clock(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What `call` returns, its seconds, and the CPU seconds of all threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """What `call` returns, its seconds, and the CPU seconds of all threads and of processes that it started."""
+    wall, cpu = time.perf_counter(), sum(os.times()[:4])
     result = call()
-    return result, time.perf_counter() - wall, time.process_time() - cpu
+    return result, time.perf_counter() - wall, sum(os.times()[:4]) - cpu
 
 
 def stream_of(split: Split, max_length: int) -> PackStream:
@@ -72,7 +72,7 @@ def packs_per_second(stream: PackStream | MixtureStream, numbers: range) -> tupl
 # --------------------------------------------------------------------------------------------------------------- measurements
 
 
-def cold(path: str | None, cache: str) -> Row:
+def cold(path: str | None, cache: str, workers: int = 0) -> Row:
     """Hash, tokenise and pack a corpus whose tokenizer is there already, into a cache of its own."""
     prepared = open_source(path, key="--corpus")
     tokenizer = cached_tokenizer([(prepared, "text")], VOCAB_SIZE, Path(cache), print_to_stderr)
@@ -82,7 +82,7 @@ def cold(path: str | None, cache: str) -> Row:
     with tempfile.TemporaryDirectory() as fresh:
 
         def work() -> tuple[Split, int]:
-            (split,) = tokenized_corpus(source, "text", tokenizer, None, Path(fresh), print_to_stderr)
+            (split,) = tokenized_corpus(source, "text", tokenizer, None, Path(fresh), print_to_stderr, num_workers=workers)
             stream = stream_of(split, 8192)
             count = stream.packs_in_epoch(0)
             for number in range(count):
@@ -109,7 +109,7 @@ def start(path: str | None, cache: str) -> Row:
     return {"seconds": wall, "cpu": cpu}
 
 
-def resume(length: str, _cache: str) -> Row:
+def resume(length: int, _cache: str) -> Row:
     """Seconds to a pack at the start and far into a run, on a million documents of random lengths."""
     rng = np.random.default_rng(0)
     lengths = np.maximum(1, rng.lognormal(6, 1.5, 1_000_000)).astype(np.int64)
@@ -117,7 +117,7 @@ def resume(length: str, _cache: str) -> Row:
     split = Split(np.zeros(offsets[-1], dtype=np.uint16), offsets, np.arange(len(lengths)), "made up")
 
     def opened(number: int, position: list[list[int]] | None = None) -> PackStream:
-        stream = stream_of(split, int(length))
+        stream = stream_of(split, length)
         assert stream.fingerprint  # a resume compares it
         if position is not None:
             stream.start_at(position)
@@ -179,22 +179,22 @@ def forget(file: Path) -> None:
     os.close(descriptor)
 
 
-MEASUREMENTS: dict[str, Callable[[Any, str], Row]] = {"cold": cold, "cached": cached, "start": start, "resume": resume, "big": big, "wait": wait}
+MEASUREMENTS: dict[str, Callable[..., Row]] = {"cold": cold, "cached": cached, "start": start, "resume": resume, "big": big, "wait": wait}
 
 
 def print_to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def measured(what: str, argument: str | None, cache: Path, cores: int = 1) -> Row:
-    """A measurement in a process of its own, on so many threads of the tokenizer."""
-    environment = os.environ | {"RAYON_NUM_THREADS": str(cores), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--measure", what, json.dumps(argument), "--cache", str(cache)]
+def measured(what: str, *arguments: str | int | None, cache: Path) -> Row:
+    """A measurement in a process of its own."""
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--measure", what, json.dumps(arguments), "--cache", str(cache)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
     row: Row = json.loads(done.stdout)
-    print_to_stderr(f"{what} {argument or ''} {row}")
+    print_to_stderr(f"{what} {arguments} {row}")
     return row
 
 
@@ -207,7 +207,7 @@ def render(results: Row) -> str:
         [
             row["name"], f"{row['bytes'] / 1e6:.1f}", f"{row['tokens'] / 1e6:.2f} M",
             *(f"{run['bytes'] / 1e6 / run['seconds']:.1f} ({run['bytes'] / 1e6 / run['seconds'] / n:.1f})" for n, run in zip(cores, row["cold"], strict=True)),
-            f"{row['bytes'] / 1e6 / row['cold'][0]['cpu']:.1f}",
+            " / ".join(f"{run['bytes'] / 1e6 / run['cpu']:.1f}" for run in row["cold"]),
             *(f"{row['cached'][str(length)] / 1e6:.0f}" for length in LENGTHS),
             *(f"{run['seconds']:.1f}" for run in row["starts"]),
         ]
@@ -248,26 +248,33 @@ Milliseconds to make a pack, in the order of training, with the tokens in memory
 a training step that this is at so many tokens per second and rank. Nothing is made ahead in the background: this is the whole wait but for the transfer
 to the device, and for planning an epoch (most of *pack 0* above) once in it."""
 
-EXPLAINED = """- *Cold*: hash, read, tokenise, write the cache, and make all packs of 8k once; the tokenizer is there.
+EXPLAINED = """- *Cold*: hash, read, tokenise, write the cache, and make all packs of 8k once; the tokenizer is there. On one core `data.num_workers=0`, on N cores N. By the clock,
+  and by the seconds of CPU of all processes, which other work on the machine lengthens less.
 - *Cached*: packs in the order of training, planning of the epochs included, on one core.
 - *Start*: `open_data` and the first pack, in a new process: with an empty cache (the tokenizer is trained too), again (entries
   of the cache are checked once after they were made), and a third time (no content is read)."""
 
 
 def verdict(results: Row) -> str:
-    cold_worst = min(run["bytes"] / 1e6 / run["seconds"] / n for row in results["corpora"] for n, run in zip(results["cores"], row["cold"], strict=True))
+    runs = [(run, cores) for row in results["corpora"] for cores, run in zip(results["cores"], row["cold"], strict=True)]
+    by_clock = min(run["bytes"] / 1e6 / run["seconds"] / cores for run, cores in runs)
+    by_cpu = min(run["bytes"] / 1e6 / run["cpu"] for run, _ in runs)
     cached_worst = min(min(row["cached"].values()) for row in results["corpora"]) / 1e6
     return (
-        f"Promised: {COLD} MB/s per core cold, {CACHED:.0f} M tokens/s from the cache. The slowest here: {cold_worst:.1f} MB/s per core "
-        f"({'kept' if cold_worst >= COLD else 'not kept'}), {cached_worst:.0f} M tokens/s ({'kept' if cached_worst >= CACHED else 'not kept'})."
+        f"Promised: {COLD} MB/s per core cold, {CACHED:.0f} M tokens/s from the cache. The slowest here: {by_clock:.1f} MB/s per core by the clock\n"
+        f"({_kept(by_clock >= COLD)}), {by_cpu:.1f} by seconds of CPU ({_kept(by_cpu >= COLD)}), {cached_worst:.0f} M tokens/s ({_kept(cached_worst >= CACHED)})."
     )
+
+
+def _kept(promise: bool) -> str:
+    return "kept" if promise else "not kept"
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--corpus", nargs="+", default=[], metavar="NAME=PATH", help="file, folder or glob of text, beside Python's standard library")
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="threads of the tokenizer (default: 1 2)")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="of the cold runs: 1, or so many processes that tokenise (default: 1 2)")
     parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="DIR", help="where page and numbers go (default: benchmarks/results)")
     parser.add_argument("--commit", help="what the page says; for a copy without its git folder")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "JSON"), help=argparse.SUPPRESS)
@@ -275,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.measure:
         try:
-            print(json.dumps(MEASUREMENTS[options.measure[0]](json.loads(options.measure[1]), options.cache)))
+            argument, *more = json.loads(options.measure[1])
+            print(json.dumps(MEASUREMENTS[options.measure[0]](argument, options.cache, *more)))
         except ConfigError as error:
             print_to_stderr(f"error: {error}")
             return 2
@@ -289,17 +297,18 @@ def main(argv: list[str] | None = None) -> int:
     named: list[tuple[str, str | None]] = [("Python's standard library", None), *(tuple(text.split("=", 1)) for text in options.corpus)]
     for name, path in named:
         with tempfile.TemporaryDirectory() as folder:
-            starts = [measured("start", path, Path(folder), os.cpu_count() or 1)]
+            cache = Path(folder)
+            starts = [measured("start", path, cache=cache)]
             time.sleep(3)  # younger files are read again, since their times say too little
-            starts += [measured("start", path, Path(folder)) for _ in range(2)]
-            runs = [measured("cold", path, Path(folder), cores) for cores in options.cores]
+            starts += [measured("start", path, cache=cache) for _ in range(2)]
+            runs = [measured("cold", path, 0 if cores == 1 else cores, cache=cache) for cores in options.cores]
             row = {"name": name, "bytes": runs[0]["bytes"], "tokens": runs[0]["tokens"], "starts": starts, "cold": runs}
-            results["corpora"].append(row | {"cached": measured("cached", path, Path(folder))})
+            results["corpora"].append(row | {"cached": measured("cached", path, cache=cache)})
             if path is named[-1][1]:
-                results["wait"] = measured("wait", path, Path(folder))
+                results["wait"] = measured("wait", path, cache=cache)
     with tempfile.TemporaryDirectory() as folder:
-        results["resume"] = [{"length": length} | measured("resume", str(length), Path(folder)) for length in LENGTHS[1:]]
-        results["big"] = {kind: measured("big", kind, Path(folder)) for kind in ("txt", "jsonl")}
+        results["resume"] = [{"length": length} | measured("resume", length, cache=Path(folder)) for length in LENGTHS[1:]]
+        results["big"] = {kind: measured("big", kind, cache=Path(folder)) for kind in ("txt", "jsonl")}
     options.out.mkdir(parents=True, exist_ok=True)
     path_of_page = options.out / f"loading_{facts['date']}.json"
     record.save(path_of_page, results)

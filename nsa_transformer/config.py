@@ -379,11 +379,15 @@ class DataConfig:
     length_curriculum: int = doc(
         "Packs at the start of the first epoch that come sorted, those of short documents first: the same packs, in that order. 0: none.", 0
     )
+    num_workers: int = doc(
+        "Processes that tokenise a corpus which is not in the cache yet; the tokens are the same for any number. 0: the process that trains. Packs need none.",
+        0,
+    )
     cache_dir: str | None = doc("Where tokenizers and tokenised corpora are cached. null: $XDG_CACHE_HOME/nsa-transformer or ~/.cache/nsa-transformer.", None)
 
     def __post_init__(self) -> None:
         _positive(self, "max_length", "pack_buffer")
-        _not_negative(self, "length_curriculum", "max_bad_documents")
+        _not_negative(self, "length_curriculum", "max_bad_documents", "num_workers")
         _need(self.path is None or not self.mixture, f"path={self.path} and data.mixture exclude each other; write data.path=null, or name it in the mixture")
         _need(len({part.weight is None for part in self.mixture}) < 2, "mixture has weights and epochs; give every source the one or the other")
         _need(not self.mixture or not self.length_curriculum, "length_curriculum does not go with data.mixture; write data.length_curriculum=0")

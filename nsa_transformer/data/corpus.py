@@ -23,7 +23,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from nsa_transformer.config import ConfigError, DataConfig
 from nsa_transformer.data.chat import ChatTemplate
+from nsa_transformer.data.encoding import encode_documents
 from nsa_transformer.data.files import HashRecord, LocalFile
 from nsa_transformer.data.readers import Column
 from nsa_transformer.data.sources import Document, Skips, Source, iter_documents
@@ -43,7 +44,6 @@ __all__ = ["Split", "cache_folder", "cached_tokenizer", "tokenized_corpus"]
 _TOKENIZER_FORMAT, _FORMAT = 1, 2  # raise them when the same inputs come to be stored differently
 _TOKEN_FILES = ("tokens.npy", "offsets.npy", "validation.npy")
 _SAMPLE_BYTES = 16_000_000  # of text, for training a tokenizer
-_BATCH_CHARACTERS = 1 << 22
 _STALE_SECONDS = 86_400  # a temporary folder this old belongs to a process that died
 
 Log = Callable[[str], None]
@@ -133,22 +133,24 @@ def _sample(documents: Iterable[Document], size: int) -> list[str]:
 
 
 def tokenized_corpus(
-    source: Source, column: str | Column, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log, max_bad: int = 0
+    source: Source, column: str | Column, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log, max_bad: int = 0, num_workers: int = 0
 ) -> tuple[Split, ...]:
     """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole.
 
-    Up to `max_bad` bad documents are left out and named in the log.
+    Up to `max_bad` bad documents are left out and named in the log. `num_workers` processes tokenise, with 0 this one.
     """
     key = _key(_FORMAT, _fingerprint(source, cache, log), _column_key(column), tokenizer.fingerprint, val_fraction)
     folder = cache / "corpora" / key
-    template = ChatTemplate(tokenizer) if Column.of(column).conversations else None
-    token_files = (*_TOKEN_FILES, "assistant.npy") if template is not None else _TOKEN_FILES
+    conversations = Column.of(column).conversations
+    if conversations:
+        ChatTemplate(tokenizer)  # refuses a tokenizer that cannot chat before anything is read
+    token_files = (*_TOKEN_FILES, "assistant.npy") if conversations else _TOKEN_FILES
 
     def build(target: Path) -> None:
         began = time.perf_counter()
         skips = _skips(source, max_bad)
         documents = iter_documents(source, column, skips)
-        offsets, validation = _write_tokens(target, documents, source.key, tokenizer, template, val_fraction)
+        offsets, validation = _write_tokens(target, documents, source.key, tokenizer, conversations, val_fraction, num_workers)
         source.check_unchanged()
         np.save(target / "offsets.npy", offsets)
         np.save(target / "validation.npy", validation)
@@ -168,39 +170,33 @@ def tokenized_corpus(
     # Of what is stored, not of what it was made from: another version of a library may make something else of the same.
     hashes = json.loads((folder / "sha256.json").read_text())
     content = hashlib.sha256(json.dumps({name: hashes[name] for name in token_files}).encode()).hexdigest()[:24]
-    assistant = None if template is None else np.load(folder / "assistant.npy", mmap_mode="r")
+    assistant = None if not conversations else np.load(folder / "assistant.npy", mmap_mode="r")
     parts = {"all": np.arange(len(validation))} if val_fraction is None else {"train": np.flatnonzero(~validation), "validation": np.flatnonzero(validation)}
     return tuple(Split(tokens, offsets, documents, f"{content} {name}", assistant) for name, documents in parts.items())
 
 
 def _write_tokens(
-    folder: Path, documents: Iterator[Document], key: str, tokenizer: Tokenizer, template: ChatTemplate | None, val_fraction: float | None
+    folder: Path, documents: Iterator[Document], key: str, tokenizer: Tokenizer, conversations: bool, val_fraction: float | None, num_workers: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode every document into tokens.npy in `folder`, and assistant.npy beside it for conversations; returns offsets and which documents are for
     validation. Errors name the setting `key`."""
     first = list(itertools.islice(documents, 2))
     halves = None
-    if val_fraction is not None and len(first) == 1 and template is None:
+    if val_fraction is not None and len(first) == 1 and not conversations:
         halves = first = _split_document(first[0], val_fraction, key)
     lengths, hashes = array("q"), array("Q")  # of many documents, in little memory
     with ExitStack() as stack:
         tokens = stack.enter_context(_ArrayFile(folder / "tokens.npy", np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32))
-        assistant = None if template is None else stack.enter_context(_ArrayFile(folder / "assistant.npy", np.bool_))
-        for batch in _batches(itertools.chain(first, documents)):
-            encoded: Iterable[Sequence[int] | np.ndarray]
-            if template is None:
-                encoded = _encode([document.text for document in batch], tokenizer)
-            else:
-                chats = template.encode_batch([document.messages for document in batch])
-                encoded = [chat.ids for chat in chats]
-                assert assistant is not None
-                for chat in chats:
-                    assistant.append(chat.assistant)
-            for document, ids in zip(batch, encoded, strict=True):
-                if len(ids):  # a tokenizer of another make may drop blank space, and with it a whole document
-                    tokens.append(ids)
-                    lengths.append(len(ids))
-                    hashes.append(_hash(document.name))
+        assistant = stack.enter_context(_ArrayFile(folder / "assistant.npy", np.bool_)) if conversations else None
+        encoding = encode_documents(itertools.chain(first, documents), tokenizer, conversations, num_workers)
+        for document, encoded in stack.enter_context(closing(encoding)):
+            if len(encoded.ids):  # a tokenizer of another make may drop blank space, and with it a whole document
+                tokens.append(encoded.ids)
+                lengths.append(len(encoded.ids))
+                hashes.append(_hash(document.name))
+                if assistant is not None:
+                    assert encoded.assistant is not None
+                    assistant.append(encoded.assistant)
     if not lengths:
         raise ConfigError(f"{key}: the corpus is empty: the tokenizer makes no tokens of it")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -211,13 +207,6 @@ def _write_tokens(
     if halves is not None:
         return offsets, np.array([False, True])
     return offsets, choose_validation(np.array(hashes, dtype=np.uint64), val_fraction)
-
-
-def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.ndarray]:
-    """Token ids of each text; of a huge one piece by piece, since a list of Python's numbers takes many times its size."""
-    short = iter(tokenizer.encode_batch([text for text in texts if len(text) <= _BATCH_CHARACTERS]))
-    for text in texts:
-        yield next(short) if len(text) <= _BATCH_CHARACTERS else np.concatenate(list(tokenizer.encode_stream([text])))
 
 
 def choose_validation(hashes: np.ndarray, fraction: float) -> np.ndarray:
@@ -244,19 +233,6 @@ def _split_document(document: Document, val_fraction: float, key: str) -> list[D
     return [Document(f"{document.name} (start)", text[:cut]), Document(f"{document.name} (end)", text[cut:])]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 class _ArrayFile:
     """A flat .npy file that is written piece by piece."""
 
@@ -266,7 +242,7 @@ class _ArrayFile:
         self._count = 0
         self._write_header()
 
-    def append(self, values: Sequence[int] | np.ndarray) -> None:
+    def append(self, values: Sequence[int] | Sequence[bool] | np.ndarray) -> None:
         self._stream.write(np.array(values, dtype=self._dtype).tobytes())
         self._count += len(values)
 

@@ -81,12 +81,13 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
         )
 
     val_fraction = config.val_fraction if config.val_path is None else None
-    splits = [tokenized_corpus(source, column, tokenizer, val_fraction, cache, log, max_bad) for source, column in readings]
+    splits = [tokenized_corpus(source, column, tokenizer, val_fraction, cache, log, max_bad, config.num_workers) for source, column in readings]
     train = [split[0] for split in splits]
     if config.val_path is None:
         validation = [split[1] for split in splits]
     else:
-        validation = list(tokenized_corpus(open_source(config.val_path, key="data.val_path"), default, tokenizer, None, cache, log, max_bad))
+        val_source = open_source(config.val_path, key="data.val_path")
+        validation = list(tokenized_corpus(val_source, default, tokenizer, None, cache, log, max_bad, config.num_workers))
     log(f"data: {_amount(train)} to train on; {_amount(validation)} to validate on")
 
     def stream(split: Split, order_seed: int, curriculum: int) -> PackStream:
