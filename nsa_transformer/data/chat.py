@@ -65,7 +65,7 @@ class ChatTemplate:
         return self.encode_batch([messages])[0]
 
     def encode_batch(self, conversations: Sequence[Sequence[Message]]) -> list[ChatTokens]:
-        """`encode` of each conversation, on all cores."""
+        """`encode` of each conversation, with all their contents in one `Tokenizer.encode_batch`."""
         for messages in conversations:
             _check(messages)
         contents = iter(self.tokenizer.encode_batch([message["content"] for messages in conversations for message in messages]))
