@@ -248,8 +248,8 @@ Milliseconds to make a pack, in the order of training, with the tokens in memory
 a training step that this is at so many tokens per second and rank. Nothing is made ahead in the background: this is the whole wait but for the transfer
 to the device, and for planning an epoch (most of *pack 0* above) once in it."""
 
-EXPLAINED = """- *Cold*: hash, read, tokenise, write the cache, and make all packs of 8k once; the tokenizer is there. On one core `data.num_workers=0`, on N cores N. By the clock,
-  and by the seconds of CPU of all processes, which other work on the machine lengthens less.
+EXPLAINED = """- *Cold*: hash, read, tokenise, write the cache, and make all packs of 8k once; the tokenizer is there. On one core
+  `data.num_workers=0`, on N cores N. By the clock, and by the seconds of CPU of all processes, which other work on the machine lengthens less.
 - *Cached*: packs in the order of training, planning of the epochs included, on one core.
 - *Start*: `open_data` and the first pack, in a new process: with an empty cache (the tokenizer is trained too), again (entries
   of the cache are checked once after they were made), and a third time (no content is read)."""
@@ -262,7 +262,8 @@ def verdict(results: Row) -> str:
     cached_worst = min(min(row["cached"].values()) for row in results["corpora"]) / 1e6
     return (
         f"Promised: {COLD} MB/s per core cold, {CACHED:.0f} M tokens/s from the cache. The slowest here: {by_clock:.1f} MB/s per core by the clock\n"
-        f"({_kept(by_clock >= COLD)}), {by_cpu:.1f} by seconds of CPU ({_kept(by_cpu >= COLD)}), {cached_worst:.0f} M tokens/s ({_kept(cached_worst >= CACHED)})."
+        f"({_kept(by_clock >= COLD)}), {by_cpu:.1f} by seconds of CPU ({_kept(by_cpu >= COLD)}), "
+        f"{cached_worst:.0f} M tokens/s ({_kept(cached_worst >= CACHED)})."
     )
 
 
