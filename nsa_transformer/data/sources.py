@@ -222,12 +222,11 @@ def _remote_source(url: str, key: str) -> Source:
     system, path = file_system(url, key)
     try:
         system.invalidate_cache()
-        if glob.has_magic(path):
-            root = "/".join(_plain_prefix(Path(path)))
-            root = f"/{root.lstrip('/')}" if path.startswith("/") else root
-            found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
-        elif system.isfile(path):
+        if not path.endswith("/") and system.isfile(path):  # over HTTP a folder is a page as well, and ? no wildcard
             root, found = path.rpartition("/")[0], {path: system.info(path)}
+        elif glob.has_magic(path):
+            root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
+            found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
         else:
             root, found = path.rstrip("/"), system.find(path, detail=True)
     except OSError as error:
@@ -235,6 +234,8 @@ def _remote_source(url: str, key: str) -> Source:
     except Exception as error:  # a store's own; what it is, is in its name
         raise ConfigError(f"{key}={url} cannot be read: {type(error).__name__}: {error}") from error
     named = {place.removeprefix(root).lstrip("/"): (place, info) for place, info in found.items()}
+    if url.startswith("http"):  # what follows a ? is for the server
+        named = {name.partition("?")[0]: file for name, file in named.items()}
     alone = list(found) == [path]
     kept = [name for name in sorted(named) if alone or (suffix_of(name) not in _BINARY and not any(part.startswith(".") for part in name.split("/")))]
     if not kept:

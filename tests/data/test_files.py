@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import http.server
 import json
 import os
 import re
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -423,3 +426,25 @@ def test_times_of_a_store_count_as_those_of_a_disk(memory: Any, tmp_path: Path) 
         file = RemoteFile(memory, "/a.txt", "a.txt", {"size": 1, "mtime": value})
         assert abs(file.changed_at() - time.time()) < 60
     assert RemoteFile(memory, "/a.txt", "a.txt", {"size": 1, "ETag": "x", "mtime": "Tue"}).changed_at() == 0
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_files_of_a_web_server(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    pytest.importorskip("requests")
+    put(tmp_path / "sub", {"b.jsonl.zst": zstd(b'{"text": "b"}\n')})
+    put(tmp_path, {"a.txt": b"a"})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert found(f"{url}/a.txt?download=true")[0] == {"a.txt": "a"}
+            assert found(f"{url}/sub/*.zst")[0] == {"b.jsonl.zst#1": "b"}
+            assert found(f"{url}/")[0] == {"a.txt": "a", "sub/b.jsonl.zst#1": "b"}
+            with pytest.raises(ConfigError, match="has no text files"):
+                found(f"{url}/none.txt")
+        finally:
+            server.shutdown()
