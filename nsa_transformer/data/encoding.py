@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -24,7 +25,7 @@ import numpy as np
 from nsa_transformer.config import ConfigError
 from nsa_transformer.data.chat import ChatTemplate
 from nsa_transformer.data.readers import Document
-from nsa_transformer.data.tokenizer import Tokenizer
+from nsa_transformer.data.tokenizer import Tokenizer, cut_text
 
 __all__ = ["Encoded", "encode_documents"]
 
@@ -45,12 +46,18 @@ def encode_documents(
 
     Raises `ConfigError` where a process ends before its work is done.
     """
-    batches = _batches(documents)
+    pieces = _pieces(documents, conversations, tokenizer)
     if num_workers == 0:
         template = ChatTemplate(tokenizer) if conversations else None
-        for batch in batches:
-            yield from zip(batch, _encode(_contents(batch, conversations), tokenizer, template), strict=True)
+        yield from _whole((batch, _encode([piece.content for piece in batch], tokenizer, template)) for batch in _batches(pieces))
         return
+    with closing(_encode_elsewhere(_batches(pieces), tokenizer, conversations, num_workers)) as encoded:
+        yield from _whole(encoded)
+
+
+def _encode_elsewhere(
+    batches: Iterable[list[_Piece]], tokenizer: Tokenizer, conversations: bool, num_workers: int
+) -> Generator[tuple[list[_Piece], list[Encoded]], None, None]:
     workers = [_Worker(tokenizer, conversations) for _ in range(num_workers)]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in workers:
@@ -65,30 +72,47 @@ def encode_documents(
 
     pool = ThreadPoolExecutor(num_workers)  # threads that wait for the processes
     try:
-        pending: deque[tuple[list[Document], Future[list[Encoded]]]] = deque()
+        pending: deque[tuple[list[_Piece], Future[list[Encoded]]]] = deque()
         for batch in batches:
-            pending.append((batch, pool.submit(encode, _contents(batch, conversations))))
+            pending.append((batch, pool.submit(encode, [piece.content for piece in batch])))
             if len(pending) > num_workers:  # one more than is being worked on
                 ahead, future = pending.popleft()
-                yield from zip(ahead, future.result(), strict=True)
+                yield ahead, future.result()
         for ahead, future in pending:
-            yield from zip(ahead, future.result(), strict=True)
+            yield ahead, future.result()
     finally:
         for worker in workers:
             worker.close()
         pool.shutdown(cancel_futures=True)
 
 
-def _contents(batch: list[Document], conversations: bool) -> list[Any]:
-    return [list(document.messages) if conversations else document.text for document in batch]
+class _Piece(NamedTuple):
+    """What is encoded at once: a document, or a part of a huge one."""
+
+    document: Document
+    content: Any  # text, or the messages of a conversation
+    last: bool
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
+def _pieces(documents: Iterable[Document], conversations: bool, tokenizer: Tokenizer) -> Iterator[_Piece]:
+    """Documents, huge ones in parts where the tokenizer allows it: so that processes share them, and since a list of Python's numbers takes many
+    times the size of a text."""
     for document in documents:
-        batch.append(document)
-        size += len(document.text)
+        if conversations:
+            yield _Piece(document, list(document.messages), True)
+            continue
+        cuttable = len(document.text) > BATCH_CHARACTERS and tokenizer._pieces is not None
+        parts = cut_text(document.text, BATCH_CHARACTERS) if cuttable else [document.text]
+        for number, part in enumerate(parts, 1):
+            yield _Piece(document, part, number == len(parts))
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.content if isinstance(piece.content, str) else piece.document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -96,14 +120,25 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(contents: list[Any], tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterator[Encoded]:
-    """Of texts, or with a template of conversations. A huge text goes piece by piece, since a list of Python's numbers takes many times its size."""
+def _whole(encoded: Iterable[tuple[list[_Piece], Iterable[Encoded]]]) -> Iterator[tuple[Document, Encoded]]:
+    """Documents of their pieces again."""
+    parts: list[np.ndarray] = []
+    for batch, found in encoded:
+        for piece, one in zip(batch, found, strict=True):
+            if piece.last and not parts:
+                yield piece.document, one
+                continue
+            parts.append(np.asarray(one.ids, dtype=np.uint32))
+            if piece.last:
+                yield piece.document, Encoded(np.concatenate(parts), None)
+                parts = []
+
+
+def _encode(contents: list[Any], tokenizer: Tokenizer, template: ChatTemplate | None) -> list[Encoded]:
+    """Of texts, or with a template of conversations."""
     if template is not None:
-        yield from (Encoded(chat.ids, chat.assistant) for chat in template.encode_batch(contents))
-        return
-    short = iter(tokenizer.encode_batch([text for text in contents if len(text) <= BATCH_CHARACTERS]))
-    for text in contents:
-        yield Encoded(next(short) if len(text) <= BATCH_CHARACTERS else np.concatenate(list(tokenizer.encode_stream([text]))), None)
+        return [Encoded(chat.ids, chat.assistant) for chat in template.encode_batch(contents)]
+    return [Encoded(ids, None) for ids in tokenizer.encode_batch(contents)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the other processes
@@ -199,7 +234,7 @@ def _serve() -> None:
     tokenizer = Tokenizer(settings["tokenizer"])
     template = ChatTemplate(tokenizer) if settings["conversations"] else None
     while (frame := _read_frame(stdin)) is not None:
-        _write_frame(stdout, _pack(list(_encode(json.loads(frame), tokenizer, template))))
+        _write_frame(stdout, _pack(_encode(json.loads(frame), tokenizer, template)))
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ from nsa_transformer.config import DataConfig
 from nsa_transformer.data.loader import open_data
 from nsa_transformer.training.faults import Stopped, StopSignal
 
-def slowly(documents, plain=encoding._batches):
-    for batch in plain(documents):
+def slowly(pieces, plain=encoding._batches):
+    for batch in plain(pieces):
         yield batch
         print("tokenising", flush=True)
         sys.stdin.readline()
