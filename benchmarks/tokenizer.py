@@ -234,8 +234,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 EXPLAINED = """- *This project*, *same pattern* and *GPT-2 pattern* are byte-level BPEs trained here on all kinds together; the first two are the same
-  tokenizer, by this project's code and by the library's. sentencepiece is trained on a part of the same documents. Measured is on documents
-  that none was trained on.
+  tokenizer, by this project's code and by the library's. sentencepiece is trained on a part of the same documents. Measured is on others.
 - The others are ready-made, trained on far more text of many kinds: their bytes per token compare vocabularies, not methods.
 - *Second time*: the same texts once more. A table of pieces met before, which this project and the library keep, helps then, as in a long corpus.
 - *Text comes back*: decoding gives the first fifty documents of each kind as they were.

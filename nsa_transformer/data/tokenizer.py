@@ -1,4 +1,4 @@
-"""Byte-level BPE on the `tokenizers` library: lossless for any text, linear in its length."""
+"""Byte-level BPE: lossless for any bytes, linear in their number. Stored as a tokenizer.json, of which any other can be loaded."""
 
 from __future__ import annotations
 
@@ -252,7 +252,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Callable[[i
 
     Ids: end of document, the 256 bytes, merges in the order they were made, and with `chat_tokens` <|im_start|> and <|im_end|> last.
     These two therefore move no other id; they take the place of the last two merges.
-    `progress` is called with the characters read so far. Raises `ConfigError` for a vocabulary below 257, or 259 with `chat_tokens`.
+    Memory grows with the distinct pieces of the texts, not with their length. `progress` is called with the characters read so far.
+    Raises `ConfigError` for a vocabulary below 257, or 259 with `chat_tokens`.
     """
     least = MIN_VOCAB_SIZE + 2 * chat_tokens
     if vocab_size < least:

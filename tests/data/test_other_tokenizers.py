@@ -96,6 +96,8 @@ def test_text_and_its_end(loaded: Tokenizer, text: str) -> None:
     assert loaded.encode_bytes(text.encode()) == ids
     assert [i for part in loaded.encode_stream([text[:3], text[3:]]) for i in part] == ids
     assert loaded.decode([*ids, loaded.eod_id]) == loaded.decode(ids)
+    if "<0x00>" in loaded._backend.get_vocab():
+        assert loaded.decode(ids) == text
     if loaded.is_byte_level:
         assert loaded.decode_bytes(ids) == text.encode()
         assert loaded.byte_lengths[ids].sum() == len(text.encode())

@@ -79,3 +79,20 @@ def test_the_usual_places_to_cut_come_first() -> None:
     assert cut_text("aaaaaaaa", 2) == ["aaaaaaaa"]
     assert cut_text("a" * 640, 64) == ["a" * 192, "a" * 192, "a" * 256]
     assert cut_text("") == [""]
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("1234567", ["123", "456", "7"]),
+        ("    return x", ["   ", " return", " x"]),
+        ("It's 3.14!\n\n\nNo", ["It", "'s", " ", "3", ".", "14", "!\n\n\n", "No"]),
+        ("a\r\n\t\tb", ["a", "\r\n", "\t", "\tb"]),
+        ("x  \n  y", ["x", "  \n", " ", " y"]),
+        ("(foo_bar)", ["(foo", "_bar", ")"]),
+        ("e\u0301te\u0301", ["e\u0301te\u0301"]),
+        ("\u4f60\u597d\uff0c\u4e16", ["\u4f60\u597d", "\uff0c\u4e16"]),
+    ],
+)
+def test_digits_blanks_and_words(text: str, pieces: list[str]) -> None:
+    assert joined(text) == pieces
