@@ -36,7 +36,7 @@ _HUB_FILES = ("datasets/", "buckets/", "spaces/")  # after hf://, of fsspec's ow
 
 
 class Source(Protocol):
-    """A corpus. `key` is the setting that errors name, `root` what it was opened from."""
+    """A corpus. `key` is the setting that errors name."""
 
     @property
     def key(self) -> str: ...
