@@ -208,12 +208,13 @@ def render(results: Row) -> str:
             row["name"], f"{row['bytes'] / 1e6:.1f}", f"{row['tokens'] / 1e6:.2f} M",
             *(f"{run['bytes'] / 1e6 / run['seconds']:.1f} ({run['bytes'] / 1e6 / run['seconds'] / n:.1f})" for n, run in zip(cores, row["cold"], strict=True)),
             " / ".join(f"{run['bytes'] / 1e6 / run['cpu']:.1f}" for run in row["cold"]),
+            " / ".join(f"{run['cpu'] / run['seconds']:.2f}" for run in row["cold"]),
             *(f"{row['cached'][str(length)] / 1e6:.0f}" for length in LENGTHS),
             *(f"{run['seconds']:.1f}" for run in row["starts"]),
         ]
         for row in results["corpora"]
     ]  # fmt: skip
-    head = ["corpus", "MB", "tokens", *(f"cold, {n} core{'s' * (n > 1)}, MB/s (per core)" for n in cores), "MB per CPU second"]
+    head = ["corpus", "MB", "tokens", *(f"cold, {n} core{'s' * (n > 1)}, MB/s (per core)" for n in cores), "MB per CPU second", "cores it got"]
     head += [*(f"cached, {length_name(length)}, M tokens/s" for length in LENGTHS), "start 1, s", "start 2, s", "start 3, s"]
     far = [[length_name(row["length"]), str(row["epoch"]), *(f"{row[key]:.1f} s" for key in ("first", "with", "without"))] for row in results["resume"]]
     wait_cells = [
@@ -249,7 +250,8 @@ a training step that this is at so many tokens per second and rank. Nothing is m
 to the device, and for planning an epoch (most of *pack 0* above) once in it."""
 
 EXPLAINED = """- *Cold*: hash, read, tokenise, write the cache, and make all packs of 8k once; the tokenizer is there. On one core
-  `data.num_workers=0`, on N cores N. By the clock, and by the seconds of CPU of all processes, which other work on the machine lengthens less.
+  `data.num_workers=0`, on N cores N. By the clock, and by the seconds of CPU of all processes, which other work on the machine lengthens less;
+  *cores it got* is the second over the first, less than was asked for where other work had them.
 - *Cached*: packs in the order of training, planning of the epochs included, on one core.
 - *Start*: `open_data` and the first pack, in a new process: with an empty cache (the tokenizer is trained too), again (entries
   of the cache are checked once after they were made), and a third time (no content is read)."""
