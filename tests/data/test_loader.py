@@ -272,7 +272,7 @@ def test_validation_packs_are_fixed(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- position in the stream
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), stops=st.lists(st.integers(0, 400), min_size=1, max_size=3))
 def test_a_position_resumes_the_stream_twice_and_depends_on_the_number_alone(lengths: list[int], stops: list[int]) -> None:
     alone, position, at = make_stream(lengths), None, 0
