@@ -18,7 +18,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +149,8 @@ def hard_seconds(candidate: Candidate, text: str, limit: float) -> float | str:
         process.join()
 
 
-def train_all(texts: list[str], vocab_size: int, sentencepiece_bytes: int) -> tuple[Tokenizer, list[Candidate], list[Row]]:
-    """This project's tokenizer, and all that are trained on the same texts, sentencepiece on every so manieth, with how long that took."""
-    tokenizer, seconds = timed(lambda: train_tokenizer(texts, vocab_size))
-    found = [vocabularies.of_ours(tokenizer)]
-    rows: list[Row] = [{"name": found[0].name, "bytes": num_bytes(texts), "seconds": seconds}]
+def train_peers(texts: list[str], vocab_size: int, sentencepiece_bytes: int) -> Iterator[tuple[Candidate, Row]]:
+    """Tokenizers trained on the texts, sentencepiece on a part of them, with how long that took. Each is given back before the next is begun."""
     makes: list[tuple[list[str], Callable[[list[str]], Candidate]]] = [
         (texts, lambda t: vocabularies.library(t, vocab_size, PATTERN)),
         (texts, lambda t: vocabularies.library(t, vocab_size, None)),
@@ -163,11 +160,8 @@ def train_all(texts: list[str], vocab_size: int, sentencepiece_bytes: int) -> tu
         makes += [(fewer, lambda t: vocabularies.sentencepiece(t, vocab_size, "bpe")), (fewer, lambda t: vocabularies.sentencepiece(t, vocab_size, "unigram"))]
     for part, make in makes:
         began = time.process_time()
-        found.append(make(part))
-        rows.append({"name": found[-1].name, "bytes": num_bytes(part), "seconds": time.process_time() - began})
-    for row in rows:
-        print(f"trained {row['name']:>32}  {row['bytes'] / 1e6:.1f} MB in {row['seconds']:.1f} s", flush=True)
-    return tokenizer, found, rows
+        candidate = make(part)
+        yield candidate, {"name": candidate.name, "bytes": num_bytes(part), "seconds": time.process_time() - began}
 
 
 def files_to_packs(path: str | None, tokenizer: Tokenizer) -> Row:
@@ -288,16 +282,24 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"facts": find_facts(argv, options.commit), "vocab_size": options.vocab_size, "hard_bytes": options.hard_bytes}
     results["texts"] = {kind: {"train": num_bytes(trains[kind]), "test": num_bytes(tests[kind])} for kind in read}
     texts = [text for train in trains.values() for text in train]
-    tokenizer, trained, results["training"] = train_all(texts, options.vocab_size, options.sentencepiece_bytes)
-    results["packs"] = files_to_packs(named[0][1], tokenizer)
     results["rows"], hard = [], hard_texts(options.hard_bytes)
-    for candidate in [*trained, *vocabularies.ready_made()]:
+
+    def add(candidate: Candidate) -> None:
         row = measure(candidate, tests, hard, options.limit)
         results["rows"].append(row)
-        print(
-            f"{row['name']:>32}  " + "  ".join(f"{kind} {row['bytes_per_token'][kind]:.2f}, {row['mb_per_second'][kind]:.1f} MB/s" for kind in tests),
-            flush=True,
-        )
+        shown = (f"{kind} {row['bytes_per_token'][kind]:.2f}, {row['mb_per_second'][kind]:.1f} MB/s" for kind in tests)
+        print(f"{row['name']:>32}  {'  '.join(shown)}", flush=True)
+
+    tokenizer, seconds = timed(lambda: train_tokenizer(texts, options.vocab_size))
+    ours = vocabularies.of_ours(tokenizer)
+    results["training"] = [{"name": ours.name, "bytes": num_bytes(texts), "seconds": seconds}]
+    add(ours)
+    results["packs"] = files_to_packs(named[0][1], tokenizer)
+    for candidate, training in train_peers(texts, options.vocab_size, options.sentencepiece_bytes):
+        results["training"].append(training)
+        add(candidate)
+    for candidate in vocabularies.ready_made():
+        add(candidate)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"tokenizer_{results['facts']['date']}.json"
     record.save(path, results)

@@ -33,7 +33,7 @@ _LOOK = 96  # the characters from a piece's start on that decide where it ends a
 # Places where PATTERN always ends a piece: no alternative holds a letter or digit followed by blank space, or a newline
 # followed by one. Text on both sides therefore encodes to the same tokens apart as together.
 _CUT = re.compile(r"[A-Za-z0-9](?=[ \n])|\n(?=[A-Za-z0-9])")
-_CUT_SIZE = 1 << 18  # characters; the library needs some 100 bytes of memory per character it encodes at once
+_CUT_SIZE = 1 << 18  # characters; a list of pieces needs some 25 bytes of memory per character
 _PIECES_KEPT = 1 << 18  # of a table, some 50 MB
 _ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 
