@@ -31,7 +31,7 @@ from nsa_transformer.config import ConfigError, DataConfig
 from nsa_transformer.data.corpus import Split, cache_folder, cached_tokenizer, tokenized_corpus
 from nsa_transformer.data.loader import lay_pack
 from nsa_transformer.data.packing import PackPlan, plan_packs
-from nsa_transformer.data.sources import open_source
+from nsa_transformer.data.sources import FileSource, open_source
 from nsa_transformer.utils.hardware import cpu_model, installed_version
 
 UTILISATION, FRAGMENTS = 0.995, 1.05  # what the project promises at every length
@@ -47,7 +47,9 @@ def best_fit(buffer: int) -> str:
 def open_corpus(path: str | None, vocab_size: int, cache: Path) -> tuple[Split, int, int]:
     """The whole of a corpus, tokenised with a tokenizer of its own; its end-of-document token, and its bytes."""
     source = open_source(path, key="--corpus")
-    tokenizer = cached_tokenizer(source, "text", vocab_size, cache, print)
+    if not isinstance(source, FileSource):
+        raise ConfigError(f"--corpus {path} is no file, folder or glob; name one")
+    tokenizer = cached_tokenizer([(source, "text")], vocab_size, cache, print)
     (split,) = tokenized_corpus(source, "text", tokenizer, None, cache, print)
     return split, tokenizer.eod_id, source.num_bytes
 

@@ -45,6 +45,8 @@ def show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(show, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -54,6 +56,8 @@ def type_name(kind: Any) -> str:
         return " \\| ".join(f"`{show(choice)}`" for choice in typing.get_args(kind))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join("`null`" if part is type(None) else type_name(part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "list of groups"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nsa_transformer.config import ConfigError
@@ -70,18 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(call=_generate)
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode and decode files").add_subparsers(required=True, metavar="ACTION")
-    train = tokenizer.add_parser("train", help="train a byte-level BPE")
+    train = tokenizer.add_parser("train", help="train a byte-level BPE, with chat tokens")
     train.add_argument("files", nargs="+", metavar="FILES", help="text, JSONL or parquet: files, folders or globs")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N")
     train.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
     train.add_argument("--text-column", default="text", help="column or key of the text in JSONL and parquet")
     train.set_defaults(call=_tokenizer_train)
-    encode = tokenizer.add_parser("encode", help="a text file to token ids")
+    encode = tokenizer.add_parser("encode", help="a file to token ids")
     encode.add_argument("tokenizer", metavar="DIR", help="a tokenizer.json, or a folder or run that has one")
     encode.add_argument("file", metavar="FILE")
     encode.add_argument("--output", required=True, metavar="IDS.npy")
     encode.set_defaults(call=_tokenizer_encode)
-    decode = tokenizer.add_parser("decode", help="token ids to a text file")
+    decode = tokenizer.add_parser("decode", help="token ids to a file")
     decode.add_argument("tokenizer", metavar="DIR")
     decode.add_argument("file", metavar="IDS.npy")
     decode.add_argument("--output", required=True, metavar="FILE")
@@ -131,11 +132,12 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from nsa_transformer.data.sources import iter_documents, open_source
     from nsa_transformer.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
-    if options.vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(f"--vocab-size {options.vocab_size} is too small: 256 bytes and end of document need {MIN_VOCAB_SIZE}")
+    least = MIN_VOCAB_SIZE + 2
+    if options.vocab_size < least:
+        raise ConfigError(f"--vocab-size {options.vocab_size} is too small: 256 bytes, end of document and two chat tokens need {least}")
     sources = [open_source(path, key="FILES") for path in options.files]
     texts = (document.text for source in sources for document in iter_documents(source, options.text_column))
-    tokenizer = train_tokenizer(texts, options.vocab_size)
+    tokenizer = train_tokenizer(texts, options.vocab_size, chat_tokens=True)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
@@ -144,52 +146,36 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
 
 
 def _tokenizer_encode(options: argparse.Namespace) -> int:
-    import io
-
-    import numpy as np
-
+    from nsa_transformer.data.token_files import encode_file
     from nsa_transformer.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(options.tokenizer)
-    try:
-        text = Path(options.file).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{options.file} is not UTF-8 text (byte {error.start}); convert it first") from None
-    ids = tokenizer.encode(text)
-    buffer = io.BytesIO()
-    np.save(buffer, np.asarray(ids, dtype=np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32))
-    _write(options.output, buffer.getvalue())
-    print(f"wrote {options.output}: {len(ids)} tokens of {len(text.encode())} bytes")
+    with _output(options):
+        count, size, meant = encode_file(tokenizer, options.file, options.output)
+    print(f"wrote {options.output}: {count} tokens of {size} bytes" + (f"; they stand for {meant}: this tokenizer changes text" if meant != size else ""))
     return 0
 
 
 def _tokenizer_decode(options: argparse.Namespace) -> int:
-    import numpy as np
-
+    from nsa_transformer.data.token_files import decode_file
     from nsa_transformer.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(options.tokenizer)
-    try:
-        ids = np.load(options.file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ConfigError(f"{options.file} is no .npy of token ids ({error})") from None
-    if ids.ndim != 1 or ids.dtype.kind not in "ui":
-        raise ConfigError(f"{options.file} holds {ids.dtype} {list(ids.shape)}; token ids are whole numbers in one row")
-    wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
-    if len(wrong):
-        raise ConfigError(f"{options.file} holds {wrong[0]}, which is no token of {options.tokenizer}: it has {tokenizer.vocab_size}, from 0 on")
-    _write(options.output, tokenizer.decode_bytes(ids.tolist()))
-    print(f"wrote {options.output}: {len(ids)} tokens")
+    with _output(options):
+        count = decode_file(tokenizer, options.file, options.output)
+    print(f"wrote {options.output}: {count} tokens")
     return 0
 
 
-def _write(output: str, content: bytes) -> None:
-    from nsa_transformer.utils.files import write_atomic
-
+@contextmanager
+def _output(options: argparse.Namespace) -> Iterator[None]:
+    """Names --output where it is what cannot be written; what cannot be read has its own name in the error."""
     try:
-        write_atomic(output, content)
+        yield
     except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written ({error.strerror})") from None
+        if error.filename is not None and Path(error.filename) == Path(options.file):
+            raise
+        raise ConfigError(f"--output {options.output} cannot be written ({error.strerror})") from None
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ __all__ = [
     "DataConfig",
     "LoggingConfig",
     "MemoryConfig",
+    "MixtureSource",
     "ModelConfig",
     "MoEConfig",
     "NSAConfig",
@@ -324,17 +325,52 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class MixtureSource:
+    """One source of `data.mixture`."""
+
+    path: str = doc("As data.path.")
+    weight: float | None = doc("Share of the packs, in proportion to the other sources' weights.", None)
+    epochs: float | None = doc("In place of weight: how often the source is read while one with epochs 1 is read once.", None)
+    text_column: str | None = doc("Column or key of the text. null: as data.text_column or data.messages_column say.", None)
+    messages_column: str | None = doc("Column or key of conversations, in place of text.", None)
+
+    def __post_init__(self) -> None:
+        both = self.text_column is not None and self.messages_column is not None
+        _need(not both, f"path={self.path} has a text_column and a messages_column; a source is read for one of them")
+        _need((self.weight is None) != (self.epochs is None), f"path={self.path} needs a weight or epochs, and not both; write weight: 1 for equal shares")
+        for name in ("weight", "epochs"):
+            value = getattr(self, name)
+            _need(value is None or value > 0, f"{name}={value} must be greater than 0; leave a source out that is not to be read")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What the model reads."""
 
     path: str | None = doc(
-        "Text, JSONL or parquet: a file, a folder (searched recursively) or a glob. "
-        "null: the source of Python's own standard library, which every machine has.",
+        "Text, JSONL or parquet: a file, a folder (searched recursively), a glob, or a URL of one of these that fsspec reads; or "
+        "`hf://NAME[:CONFIG][@SPLIT][?REVISION]`, a dataset by name. null: the source of Python's own standard library, which every machine has.",
         None,
+    )
+    mixture: tuple[MixtureSource, ...] = doc(
+        "Several sources in place of path: a list of groups with `path`, `weight` (share of the packs) or `epochs` (how often it is read while a source with "
+        "epochs 1 is read once), and `text_column` or `messages_column` where they differ.",
+        (),
     )
     val_path: str | None = doc("Separate validation data. null: val_fraction of the documents of path, chosen by a hash of their names.", None)
     val_fraction: float = doc("Share of the documents held out for validation.", 0.05)
     text_column: str = doc("Column or key that holds the text in JSONL and parquet.", "text")
+    messages_column: str | None = doc(
+        "Column or key that holds conversations, lists of {role, content}, to be read in place of text. The tokenizer needs <|im_start|> and <|im_end|>; one "
+        "that is trained here gets them. null: text.",
+        None,
+    )
+    assistant_only_loss: bool = doc("With conversations: learn only what the assistant writes, its contents and the <|im_end|> behind them.", False)
+    max_bad_documents: int = doc(
+        "Documents of each source that may be left out, with a message, because they are no text or damaged: a file, line or row, or the rest of a "
+        "damaged file. One more refuses the corpus.",
+        0,
+    )
     max_length: int = doc("Tokens per pack.", 4096)
     tokenizer: str | None = doc(
         "A tokenizer.json, or a folder or run that has one. null: a byte-level BPE of model.vocab_size tokens is trained on path and cached.", None
@@ -343,11 +379,18 @@ class DataConfig:
     length_curriculum: int = doc(
         "Packs at the start of the first epoch that come sorted, those of short documents first: the same packs, in that order. 0: none.", 0
     )
+    num_workers: int = doc(
+        "Processes that tokenise a corpus which is not in the cache yet; the tokens are the same for any number. 0: the process that trains. Packs need none.",
+        0,
+    )
     cache_dir: str | None = doc("Where tokenizers and tokenised corpora are cached. null: $XDG_CACHE_HOME/nsa-transformer or ~/.cache/nsa-transformer.", None)
 
     def __post_init__(self) -> None:
         _positive(self, "max_length", "pack_buffer")
-        _not_negative(self, "length_curriculum")
+        _not_negative(self, "length_curriculum", "max_bad_documents", "num_workers")
+        _need(self.path is None or not self.mixture, f"path={self.path} and data.mixture exclude each other; write data.path=null, or name it in the mixture")
+        _need(len({part.weight is None for part in self.mixture}) < 2, "mixture has weights and epochs; give every source the one or the other")
+        _need(not self.mixture or not self.length_curriculum, "length_curriculum does not go with data.mixture; write data.length_curriculum=0")
         _need(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must lie between 0 and 1")
 
 
@@ -450,6 +493,9 @@ def build_config(values: Mapping[str, Any], cls: type[T] = Config, path: str = "
             raise ConfigError(unknown_key_message(full))
         kind = hints[key]
         built[key] = build_config(value, kind, full) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else _coerce(full, value, kind)
+    for f in dataclasses.fields(typing.cast(Any, cls)):
+        if f.name not in built and f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{path} needs a {f.name}; write {f.name}: …")
     try:
         return cls(**built)
     except ConfigError as error:
@@ -469,6 +515,11 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
             return None
         (kind,) = [k for k in typing.get_args(kind) if k is not type(None)]
         return _coerce(key, value, kind)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key}={_show(value)} must be a list of groups, such as [{{path: a, weight: 1}}, {{path: b, weight: 2}}]")
+        (part, _) = typing.get_args(kind)
+        return tuple(item if isinstance(item, part) else build_config(item, part, f"{key}[{number}]") for number, item in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
@@ -504,5 +555,12 @@ def unknown_key_message(key: str) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested mapping that `build_config` takes back."""
-    return dataclasses.asdict(config)
+    """The nested mapping that `build_config` takes back, with lists for tuples, as YAML has them."""
+    plain: dict[str, Any] = _without_tuples(dataclasses.asdict(config))
+    return plain
+
+
+def _without_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_tuples(part) for key, part in value.items()}
+    return [_without_tuples(part) for part in value] if isinstance(value, list | tuple) else value

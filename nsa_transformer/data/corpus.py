@@ -4,6 +4,9 @@
     CACHE/corpora/<key>/tokens.npy       every document end to end, uint16 or uint32, memory-mapped
                         offsets.npy      int64 [num_documents + 1]
                         validation.npy   bool [num_documents]
+                        assistant.npy    bool, of a corpus of conversations: which tokens the assistant writes
+                        skipped.json     what is said of each bad document that was left out
+    CACHE/hashes/                        content hashes of sources and entries, so that a start reads no file that has not changed
 
 Each entry also has a sha256.json of its files. An entry is written beside its place and renamed into it, so processes may
 race for it, and a killed one leaves nothing that looks whole.
@@ -18,23 +21,29 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from nsa_transformer.config import ConfigError, DataConfig
-from nsa_transformer.data.sources import Document, Source, iter_documents
+from nsa_transformer.data.chat import ChatTemplate
+from nsa_transformer.data.encoding import encode_documents
+from nsa_transformer.data.files import HashRecord, LocalFile
+from nsa_transformer.data.readers import Column
+from nsa_transformer.data.sources import Document, Skips, Source, iter_documents
 from nsa_transformer.data.tokenizer import PATTERN, Tokenizer, cut_text, train_tokenizer
 from nsa_transformer.utils.files import atomic_folder
 
 __all__ = ["Split", "cache_folder", "cached_tokenizer", "tokenized_corpus"]
 
-_FORMAT = 1  # raise it when the same inputs come to be stored differently
+_TOKENIZER_FORMAT, _FORMAT = 1, 2  # raise them when the same inputs come to be stored differently
+_TOKEN_FILES = ("tokens.npy", "offsets.npy", "validation.npy")
 _SAMPLE_BYTES = 16_000_000  # of text, for training a tokenizer
-_BATCH_CHARACTERS = 1 << 22
 _STALE_SECONDS = 86_400  # a temporary folder this old belongs to a process that died
 
 Log = Callable[[str], None]
@@ -47,12 +56,14 @@ class Split:
     tokens     uint16 or uint32 [all tokens of the corpus], memory-mapped; no end-of-document tokens
     offsets    int64 [num_documents of the corpus + 1]
     documents  int64, those that belong to this split
+    assistant  bool [all tokens of the corpus], memory-mapped: those the assistant writes; None where the corpus is no conversations
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     documents: np.ndarray
     fingerprint: str
+    assistant: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -73,18 +84,35 @@ def cache_folder(config: DataConfig) -> Path:
 # ----------------------------------------------------------------------------------------------------- tokenizer
 
 
-def cached_tokenizer(source: Source, text_column: str, vocab_size: int, cache: Path, log: Log) -> Tokenizer:
-    """The tokenizer trained on a source, from the cache where it is there and whole."""
-    folder = cache / "tokenizers" / _key(_FORMAT, source.fingerprint, text_column, vocab_size, PATTERN, _SAMPLE_BYTES)
+def cached_tokenizer(readings: Sequence[tuple[Source, str | Column]], vocab_size: int, cache: Path, log: Log, max_bad: int = 0) -> Tokenizer:
+    """The tokenizer trained on sources, each with its column, from the cache where it is there and whole. It can chat where one has conversations."""
+    prints, columns = [_fingerprint(source, cache, log) for source, _ in readings], [_column_key(column) for _, column in readings]
+    known = (prints[0], columns[0]) if len(readings) == 1 else (prints, columns)
+    chat = any(Column.of(column).conversations for _, column in readings)
+    folder = cache / "tokenizers" / _key(_TOKENIZER_FORMAT, *known, vocab_size, PATTERN, _SAMPLE_BYTES)
 
     def build(target: Path) -> None:
         began = time.perf_counter()
-        tokenizer = train_tokenizer(_sample(iter_documents(source, text_column), _SAMPLE_BYTES), vocab_size)
+        documents = itertools.chain.from_iterable(iter_documents(source, column, _skips(source, max_bad)) for source, column in readings)
+        tokenizer = train_tokenizer(_sample(documents, _SAMPLE_BYTES), vocab_size, chat_tokens=chat)
         tokenizer.save(target)
         log(f"data: trained a tokenizer of {tokenizer.vocab_size} tokens in {time.perf_counter() - began:.1f} s")
 
     _ensure_entry(folder, ("tokenizer.json",), build, log)
     return Tokenizer.load(folder)
+
+
+def _fingerprint(source: Source, cache: Path, log: Log) -> str:
+    return source.fingerprint(HashRecord(cache / "hashes" / f"{_key(source.place)}.json", log))
+
+
+def _column_key(column: str | Column) -> object:
+    column = Column.of(column)
+    return {"conversations": column.name} if column.conversations else column.name
+
+
+def _skips(source: Source, max_bad: int) -> Skips:
+    return Skips(source.key, None if source.default else max_bad)
 
 
 def _sample(documents: Iterable[Document], size: int) -> list[str]:
@@ -104,60 +132,78 @@ def _sample(documents: Iterable[Document], size: int) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- tokens
 
 
-def tokenized_corpus(source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log) -> tuple[Split, ...]:
-    """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole."""
-    key = _key(_FORMAT, source.fingerprint, text_column, tokenizer.fingerprint, val_fraction)
+def tokenized_corpus(
+    source: Source, column: str | Column, tokenizer: Tokenizer, val_fraction: float | None, cache: Path, log: Log, max_bad: int = 0, num_workers: int = 0
+) -> tuple[Split, ...]:
+    """(train, validation) of a source, or with `val_fraction=None` the whole of it as one split; from the cache where it is there and whole.
+
+    Up to `max_bad` bad documents are left out and named in the log. `num_workers` processes tokenise, with 0 this one.
+    """
+    key = _key(_FORMAT, _fingerprint(source, cache, log), _column_key(column), tokenizer.fingerprint, val_fraction)
     folder = cache / "corpora" / key
+    conversations = Column.of(column).conversations
+    if conversations:
+        ChatTemplate(tokenizer)  # refuses a tokenizer that cannot chat before anything is read
+    token_files = (*_TOKEN_FILES, "assistant.npy") if conversations else _TOKEN_FILES
 
     def build(target: Path) -> None:
         began = time.perf_counter()
-        offsets, validation = _write_tokens(target / "tokens.npy", source, text_column, tokenizer, val_fraction)
+        skips = _skips(source, max_bad)
+        documents = iter_documents(source, column, skips)
+        offsets, validation = _write_tokens(target, documents, source.key, tokenizer, conversations, val_fraction, num_workers)
+        source.check_unchanged()
         np.save(target / "offsets.npy", offsets)
         np.save(target / "validation.npy", validation)
-        if source.skipped:
-            log(f"data: skipped {len(source.skipped)} files that are not UTF-8 text: {', '.join(source.skipped[:3])}{', …' * (len(source.skipped) > 3)}")
+        (target / "skipped.json").write_text(json.dumps(skips.found))
+        if source.default and skips.found:
+            log(f"data: left out {len(skips.found)} files that are not UTF-8 text, which Python's test-suite has on purpose")
         log(f"data: tokenised {offsets[-1] / 1e6:.2f} M tokens in {time.perf_counter() - began:.1f} s, kept in {folder}")
 
-    _ensure_entry(folder, ("tokens.npy", "offsets.npy", "validation.npy"), build, log)
+    _ensure_entry(folder, (*token_files, "skipped.json"), build, log)
+    skips = _skips(source, max_bad)
+    skips.found += json.loads((folder / "skipped.json").read_text())
+    skips.check()
+    if skips.found and not source.default:
+        log(f"data: left out {len(skips.found)} bad documents: {'; '.join(skips.found[:3])}{'; …' * (len(skips.found) > 3)}")
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     offsets, validation = np.load(folder / "offsets.npy"), np.load(folder / "validation.npy")
     # Of what is stored, not of what it was made from: another version of a library may make something else of the same.
-    content = _checksum(folder / "sha256.json")[:24]
-    if val_fraction is None:
-        return (Split(tokens, offsets, np.arange(len(validation)), f"{content} all"),)
-    return (
-        Split(tokens, offsets, np.flatnonzero(~validation), f"{content} train"),
-        Split(tokens, offsets, np.flatnonzero(validation), f"{content} validation"),
-    )
+    hashes = json.loads((folder / "sha256.json").read_text())
+    content = hashlib.sha256(json.dumps({name: hashes[name] for name in token_files}).encode()).hexdigest()[:24]
+    assistant = None if not conversations else np.load(folder / "assistant.npy", mmap_mode="r")
+    parts = {"all": np.arange(len(validation))} if val_fraction is None else {"train": np.flatnonzero(~validation), "validation": np.flatnonzero(validation)}
+    return tuple(Split(tokens, offsets, documents, f"{content} {name}", assistant) for name, documents in parts.items())
 
 
-def _write_tokens(file: Path, source: Source, text_column: str, tokenizer: Tokenizer, val_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Encode every document into `file`; returns offsets and which documents are for validation."""
-    documents = iter_documents(source, text_column)
+def _write_tokens(
+    folder: Path, documents: Iterator[Document], key: str, tokenizer: Tokenizer, conversations: bool, val_fraction: float | None, num_workers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode every document into tokens.npy in `folder`, and assistant.npy beside it for conversations; returns offsets and which documents are for
+    validation. Errors name the setting `key`."""
     first = list(itertools.islice(documents, 2))
     halves = None
-    if val_fraction is not None and len(first) == 1:
-        halves = first = _split_document(first[0], val_fraction, source.key)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
-    lengths: list[int] = []
-    hashes: list[int] = []
-    with file.open("wb") as stream:
-        header_size = _write_header(stream, dtype, 0)
-        for batch in _batches(itertools.chain(first, documents)):
-            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
-                if ids:  # a tokenizer of another make may drop blank space, and with it a whole document
-                    stream.write(np.array(ids, dtype=dtype).tobytes())
-                    lengths.append(len(ids))
-                    hashes.append(_hash(document.name))
-        stream.seek(0)
-        assert _write_header(stream, dtype, sum(lengths)) == header_size
+    if val_fraction is not None and len(first) == 1 and not conversations:
+        halves = first = _split_document(first[0], val_fraction, key)
+    lengths, hashes = array("q"), array("Q")  # of many documents, in little memory
+    with ExitStack() as stack:
+        tokens = stack.enter_context(_ArrayFile(folder / "tokens.npy", np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32))
+        assistant = stack.enter_context(_ArrayFile(folder / "assistant.npy", np.bool_)) if conversations else None
+        encoding = encode_documents(itertools.chain(first, documents), tokenizer, conversations, num_workers)
+        for document, encoded in stack.enter_context(closing(encoding)):
+            if len(encoded.ids):  # a tokenizer of another make may drop blank space, and with it a whole document
+                tokens.append(encoded.ids)
+                lengths.append(len(encoded.ids))
+                hashes.append(_hash(document.name))
+                if assistant is not None:
+                    assert encoded.assistant is not None
+                    assistant.append(encoded.assistant)
     if not lengths:
-        raise ConfigError(f"{source.key}: the corpus is empty: the tokenizer makes no tokens of it")
+        raise ConfigError(f"{key}: the corpus is empty: the tokenizer makes no tokens of it")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     if val_fraction is None:
         return offsets, np.zeros(len(lengths), dtype=bool)
     if len(lengths) < 2:
-        raise ConfigError(f"{source.key} has too little text to hold some out for validation; add text, or write data.val_path=FILE")
+        raise ConfigError(f"{key} has too little text to hold some out for validation; add text, or write data.val_path=FILE")
     if halves is not None:
         return offsets, np.array([False, True])
     return offsets, choose_validation(np.array(hashes, dtype=np.uint64), val_fraction)
@@ -187,24 +233,33 @@ def _split_document(document: Document, val_fraction: float, key: str) -> list[D
     return [Document(f"{document.name} (start)", text[:cut]), Document(f"{document.name} (end)", text[cut:])]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+class _ArrayFile:
+    """A flat .npy file that is written piece by piece."""
 
+    def __init__(self, file: Path, dtype: npt.DTypeLike) -> None:
+        self._dtype = np.dtype(dtype)
+        self._stream = file.open("wb")
+        self._count = 0
+        self._write_header()
 
-def _write_header(stream: BinaryIO, dtype: np.dtype, count: int) -> int:
-    """The .npy header of a flat array; its size is the same for every count, so that it can be written over at the end."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(stream, header)
-    return stream.tell()
+    def append(self, values: Sequence[int] | Sequence[bool] | np.ndarray) -> None:
+        self._stream.write(np.array(values, dtype=self._dtype).tobytes())
+        self._count += len(values)
+
+    def _write_header(self) -> None:
+        """Of one size whatever the count, so that it can be written over at the end."""
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self._stream, header)
+
+    def __enter__(self) -> _ArrayFile:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with self._stream:
+            size = self._stream.tell() - self._count * self._dtype.itemsize
+            self._stream.seek(0)
+            self._write_header()
+            assert self._stream.tell() == size
 
 
 # ------------------------------------------------------------------------------------------------------- entries
@@ -230,15 +285,19 @@ def _ensure_entry(folder: Path, files: tuple[str, ...], build: Callable[[Path], 
 
 
 def _is_whole(folder: Path, files: tuple[str, ...], log: Log) -> bool:
+    """Whether the contents are those that were written. What was found whole before and has not changed since is not read again."""
     if not folder.exists():
         return False
+    record = HashRecord(folder.parent.parent / "hashes" / f"{folder.parent.name}-{folder.name}.json", log)
     try:
         expected = json.loads((folder / "sha256.json").read_text())
-        wrong = [name for name in files if _checksum(folder / name) != expected[name]]
+        wrong = [name for name in files if record.of(LocalFile(folder / name, name))[0] != expected[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         wrong = [str(error)]
     if wrong:
         log(f"data: the cache entry {folder} is damaged ({', '.join(wrong)}); building it again")
+    else:
+        record.save()
     return not wrong
 
 

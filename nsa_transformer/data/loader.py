@@ -1,131 +1,23 @@
-"""The endless sequence of packs, addressed by number, and the one call that opens a corpus."""
+"""The one call that opens a corpus, and which of its packs each rank reads."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
 
-import numpy as np
-import torch
-
-from nsa_transformer.config import ConfigError, DataConfig
+from nsa_transformer.config import ConfigError, DataConfig, MixtureSource
 from nsa_transformer.data.corpus import Split, cache_folder, cached_tokenizer, tokenized_corpus
-from nsa_transformer.data.pack import IGNORE, Pack, merge_packs
-from nsa_transformer.data.packing import PackPlan, most_fragments, plan_packs
+from nsa_transformer.data.mixture import MixtureStream, mixture_weights
+from nsa_transformer.data.pack import Pack, merge_packs
+from nsa_transformer.data.readers import Column
 from nsa_transformer.data.sources import open_source
+from nsa_transformer.data.stream import PackStream, lay_pack
 from nsa_transformer.data.tokenizer import Tokenizer
 
-__all__ = ["PackStream", "TextData", "lay_pack", "merge_packs", "open_data", "packs_of_step"]
+__all__ = ["MixtureStream", "PackStream", "TextData", "lay_pack", "merge_packs", "open_data", "packs_of_step"]
 
-_ORDER_VERSION = 2  # raise it when the same settings come to mean another order
-_PLANS_KEPT = 2
 _VALIDATION_SEED = 0  # the same validation packs whatever the seed of the run
-
-
-def lay_pack(split: Split, fragments: list[tuple[int, int, int]], max_length: int, eod_id: int, num_boundaries: int) -> Pack:
-    """The pack of these (document, start, length). The unused tail is one padding document; `cu_seqlens` is padded to `num_boundaries`."""
-    tokens = np.full(max_length, eod_id, dtype=np.int64)
-    targets = np.full(max_length, IGNORE, dtype=np.int64)
-    bounds = np.full(num_boundaries, max_length, dtype=np.int32)
-    bounds[0] = at = 0
-    flat, offsets = split.tokens, split.offsets
-    for number, (document, start, length) in enumerate(fragments, 1):
-        begin, end = int(offsets[document]), int(offsets[document + 1])
-        here = flat[begin + start : min(begin + start + length + 1, end)]
-        tokens[at : at + length] = here[:length]
-        targets[at : at + len(here) - 1] = here[1:]
-        if len(here) == length:  # the document ends here
-            targets[at + length - 1] = eod_id
-        at += length
-        bounds[number] = at
-    return Pack(
-        tokens=torch.from_numpy(tokens),
-        targets=torch.from_numpy(targets),
-        cu_seqlens=torch.from_numpy(bounds),
-        valid=torch.arange(max_length) < at,
-    )
-
-
-class PackStream:
-    """Packs of a split, epoch after epoch without end, each epoch in an order of its own.
-
-    `pack(index)` depends on nothing but the split, `max_length`, `seed`, `pack_buffer`, `length_curriculum` and `index`: not on ranks, nor on what
-    was read before.
-    """
-
-    def __init__(self, split: Split, *, max_length: int, seed: int, pack_buffer: int, eod_id: int, length_curriculum: int = 0) -> None:
-        self.split = split
-        self.max_length = max_length
-        self.seed = seed
-        self.pack_buffer = pack_buffer
-        self.length_curriculum = length_curriculum
-        self.eod_id = eod_id
-        self._ends = [0]  # packs before the end of each epoch planned so far
-        self._plans: OrderedDict[int, PackPlan] = OrderedDict()
-
-    @cached_property
-    def num_boundaries(self) -> int:
-        """Length of every pack's `cu_seqlens`, in all epochs, so that nothing is compiled anew for another number of documents."""
-        return most_fragments(self._lengths[self.split.documents], self.max_length) + 2  # the start, and the end of the padding document
-
-    @property
-    def _lengths(self) -> np.ndarray:
-        return np.diff(self.split.offsets)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of everything the order depends on, and of the first epoch's: streams with the same one yield the same packs."""
-        parts = (_ORDER_VERSION, self.split.fingerprint, self.max_length, self.seed, self.pack_buffer, self.length_curriculum, self.eod_id)
-        digest = hashlib.sha256(json.dumps(parts).encode())
-        plan = self._plan(0)  # numpy promises no one order for a seed in all of its versions
-        for part in (plan.document, plan.start, plan.length, plan.offsets):
-            digest.update(part.tobytes())
-        return digest.hexdigest()[:32]
-
-    def packs_in_epoch(self, epoch: int) -> int:
-        """Packs of an epoch. They differ a little, because another order packs differently."""
-        if epoch < 0:
-            raise IndexError(f"epoch={epoch} must be 0 or greater")
-        while len(self._ends) <= epoch + 1:
-            self._plan(len(self._ends) - 1)
-        return self._ends[epoch + 1] - self._ends[epoch]
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(epoch, place within it) of a pack of the endless sequence."""
-        if index < 0:
-            raise IndexError(f"pack index={index} must be 0 or greater")
-        while self._ends[-1] <= index:
-            self._plan(len(self._ends) - 1)
-        epoch = int(np.searchsorted(self._ends, index, side="right")) - 1
-        return epoch, index - self._ends[epoch]
-
-    def pack(self, index: int) -> Pack:
-        """Pack number `index`: tokens and targets [max_length] int64. The unused tail is one padding document."""
-        epoch, place = self.locate(index)
-        return lay_pack(self.split, self._plan(epoch).fragments(place), self.max_length, self.eod_id, self.num_boundaries)
-
-    def _plan(self, epoch: int) -> PackPlan:
-        plan = self._plans.get(epoch)
-        if plan is None:
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-            plan = plan_packs(self._lengths, self.max_length, rng.permutation(self.split.documents), self.pack_buffer)
-            # Packs of one long document come in a row; a batch of neighbours would see little else.
-            places = rng.permutation(len(plan))
-            if epoch == 0 and self.length_curriculum:
-                head = places[: self.length_curriculum]
-                places[: self.length_curriculum] = head[np.argsort(plan.mean_lengths()[head], kind="stable")]
-            plan = plan.reordered(places)
-            self._plans[epoch] = plan
-            while len(self._plans) > _PLANS_KEPT:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(epoch)
-        if epoch == len(self._ends) - 1:
-            self._ends.append(self._ends[-1] + len(plan))
-        return plan
 
 
 def packs_of_step(first: int, batch_size: int, micro_batch_size: int, rank: int, ranks: int) -> list[int]:
@@ -139,14 +31,14 @@ def packs_of_step(first: int, batch_size: int, micro_batch_size: int, rank: int,
 class TextData:
     """A corpus ready to train on: `tokenizer`, the endless `train` stream, and fixed validation packs."""
 
-    def __init__(self, tokenizer: Tokenizer, train: PackStream, validation: PackStream) -> None:
+    def __init__(self, tokenizer: Tokenizer, train: PackStream | MixtureStream, validation: PackStream | MixtureStream) -> None:
         self.tokenizer = tokenizer
         self.train = train
         self.validation = validation
 
     def validation_packs(self, count: int) -> list[Pack]:
         """`count` packs of validation data, the same ones at every call and for every seed; fewer if there are fewer."""
-        return [self.validation.pack(i) for i in range(min(count, self.validation.packs_in_epoch(0)))]
+        return self.validation.first_epoch(count)
 
     @property
     def fingerprint(self) -> str:
@@ -159,18 +51,25 @@ def _log(message: str) -> None:
 
 
 def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str], None] = _log) -> TextData:
-    """Find, tokenise (or take from the cache), split and pack a corpus.
+    """Find, tokenise (or take from the cache), split and pack a corpus, or a mixture of several.
 
     vocab_size  rows of the model's embedding; a tokenizer trained here has at most as many tokens
     seed        of the order in which training packs come
 
     Raises `ConfigError` on data, a tokenizer or a cache folder that cannot be used.
     """
-    source = open_source(config.path)
-    log(f"data: {config.path or 'source of the Python standard library'}, {len(source.files)} files, {source.num_bytes / 1e6:.1f} MB")
-    cache = cache_folder(config)
+    default = Column(config.messages_column, conversations=True) if config.messages_column is not None else Column(config.text_column)
+    if config.mixture:
+        readings = [(open_source(part.path, key=f"data.mixture[{number}].path"), _column(part, default)) for number, part in enumerate(config.mixture)]
+    else:
+        readings = [(open_source(config.path), default)]
+    if config.assistant_only_loss and not any(column.conversations for _, column in readings):
+        raise ConfigError("data.assistant_only_loss=true needs conversations; write data.messages_column=KEY, or data.assistant_only_loss=false")
+    for source, _ in readings:
+        log(f"data: {source.described}")
+    cache, max_bad = cache_folder(config), config.max_bad_documents
     if config.tokenizer is None:
-        tokenizer = cached_tokenizer(source, config.text_column, vocab_size, cache, log)
+        tokenizer = cached_tokenizer(readings, vocab_size, cache, log, max_bad)
     else:
         try:
             tokenizer = Tokenizer.load(config.tokenizer)
@@ -181,16 +80,15 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={vocab_size}; write model.vocab_size={tokenizer.vocab_size} or more"
         )
 
+    val_fraction = config.val_fraction if config.val_path is None else None
+    splits = [tokenized_corpus(source, column, tokenizer, val_fraction, cache, log, max_bad, config.num_workers) for source, column in readings]
+    train = [split[0] for split in splits]
     if config.val_path is None:
-        train, validation = tokenized_corpus(source, config.text_column, tokenizer, config.val_fraction, cache, log)
+        validation = [split[1] for split in splits]
     else:
         val_source = open_source(config.val_path, key="data.val_path")
-        (train,) = tokenized_corpus(source, config.text_column, tokenizer, None, cache, log)
-        (validation,) = tokenized_corpus(val_source, config.text_column, tokenizer, None, cache, log)
-    log(
-        f"data: {len(train.documents)} documents, {train.num_tokens / 1e6:.2f} M tokens to train on; "
-        f"{len(validation.documents)} documents, {validation.num_tokens / 1e6:.2f} M tokens to validate on"
-    )
+        validation = list(tokenized_corpus(val_source, default, tokenizer, None, cache, log, max_bad, config.num_workers))
+    log(f"data: {_amount(train)} to train on; {_amount(validation)} to validate on")
 
     def stream(split: Split, order_seed: int, curriculum: int) -> PackStream:
         return PackStream(
@@ -200,6 +98,25 @@ def open_data(config: DataConfig, vocab_size: int, seed: int, log: Callable[[str
             pack_buffer=config.pack_buffer,
             eod_id=tokenizer.eod_id,
             length_curriculum=curriculum,
+            assistant_only=config.assistant_only_loss,
         )
 
-    return TextData(tokenizer, stream(train, seed, config.length_curriculum), stream(validation, _VALIDATION_SEED, 0))
+    if not config.mixture:
+        return TextData(tokenizer, stream(train[0], seed, config.length_curriculum), stream(validation[0], _VALIDATION_SEED, 0))
+    weights = mixture_weights(config.mixture, [split.num_tokens for split in train])
+    mixed = MixtureStream([stream(split, seed, 0) for split in train], weights, seed)
+    for part, share, split in zip(config.mixture, mixed.shares, train, strict=True):
+        log(f"data: {share:.1%} of the packs from {part.path}, which has {split.num_tokens / 1e6:.2f} M tokens")
+    if config.val_path is not None:
+        return TextData(tokenizer, mixed, stream(validation[0], _VALIDATION_SEED, 0))
+    return TextData(tokenizer, mixed, MixtureStream([stream(split, _VALIDATION_SEED, 0) for split in validation], weights, _VALIDATION_SEED))
+
+
+def _column(part: MixtureSource, default: Column) -> Column:
+    if part.messages_column is not None:
+        return Column(part.messages_column, conversations=True)
+    return default if part.text_column is None else Column(part.text_column)
+
+
+def _amount(splits: list[Split]) -> str:
+    return f"{sum(len(split.documents) for split in splits)} documents, {sum(split.num_tokens for split in splits) / 1e6:.2f} M tokens"

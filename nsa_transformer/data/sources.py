@@ -1,25 +1,26 @@
-"""Documents from files: any text, JSONL or parquet, as they are. What cannot be read whole is refused by name."""
+"""Where documents come from: files, folders, globs, URLs, datasets by name. What cannot be read whole is refused by name, or counted."""
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import io
-import json
 import os
+import re
 import sysconfig
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from nsa_transformer.config import ConfigError
+from nsa_transformer.data.files import BadDocument, CorpusFile, HashRecord, LocalFile, RemoteFile, file_system
+from nsa_transformer.data.readers import Column, Document, read_file, suffix_of
 
-__all__ = ["Document", "Source", "find_files", "open_source", "read_documents"]
+__all__ = ["Column", "Document", "FileSource", "Skips", "Source", "iter_documents", "open_source", "read_documents"]
 
-_JSONL = (".jsonl", ".ndjson")
 # Files that lie beside text in many folders and are never text: passed over when a folder or glob finds them, refused when named outright.
 _BINARY = frozenset(
     f".{suffix}"
@@ -30,76 +31,171 @@ _BINARY = frozenset(
     )
     for suffix in group.split()
 )
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^:]+)*://")
+_HUB_FILES = ("datasets/", "buckets/", "spaces/")  # after hf://, of fsspec's own hf:// file system
 
 
-@dataclass(frozen=True)
-class Document:
-    """name: path relative to the source, and `#row` (from 1) inside JSONL and parquet. text: never empty."""
+class Source(Protocol):
+    """A corpus. `key` is the setting that errors name."""
 
-    name: str
-    text: str
+    @property
+    def key(self) -> str: ...
+    @property
+    def described(self) -> str:
+        """For people: what it is and how much."""
+
+    @property
+    def place(self) -> str:
+        """What a record of its hashes is kept under: the same for the same files at the next start."""
+
+    @property
+    def default(self) -> bool:
+        """Python's own library, where files that are no UTF-8 text (its test-suite has some on purpose) are left out without limit."""
+
+    def fingerprint(self, record: HashRecord | None = None) -> str:
+        """Hash of all names and contents, found out once; `record` spares it what has not changed since it was written."""
+
+    def check_unchanged(self) -> None:
+        """Raises `ConfigError` where the content is not what `fingerprint` saw."""
+
+    def documents(self, column: Column, bad: Callable[[BadDocument], None]) -> Iterator[Document]: ...
 
 
-@dataclass(frozen=True)
-class Source:
-    """The files of a corpus.
+@dataclass
+class Skips:
+    """Takes the bad documents of a source: refuses the first beyond `limit` (None: no limit), and keeps what is said of the others."""
 
-    root is what names are relative to; `default` marks Python's own library, where files that are no UTF-8 text
-    (its test-suite has some on purpose) are skipped and counted in `skipped` while reading.
-    """
-
-    root: Path
-    files: list[Path]
     key: str
-    default: bool = False
-    skipped: list[str] = field(default_factory=list)
+    limit: int | None = 0
+    found: list[str] = field(default_factory=list)
 
-    def name(self, file: Path) -> str:
-        return file.relative_to(self.root).as_posix()
+    def __call__(self, error: BadDocument) -> None:
+        self.found.append(str(error))
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ConfigError` where more were left out than `limit` allows."""
+        if self.limit is None or len(self.found) <= self.limit:
+            return
+        if self.limit == 0:
+            hint = "; data.max_bad_documents=N leaves out up to N such documents" if self.key.startswith("data.") else ""
+            raise ConfigError(f"{self.key}: {self.found[0]}{hint}")
+        raise ConfigError(f"{self.key}: {self.found[self.limit]}; this is bad document {self.limit + 1}, and data.max_bad_documents={self.limit}")
+
+
+@dataclass
+class FileSource:
+    """Files, in the order of their names."""
+
+    key: str
+    root: str
+    files: list[CorpusFile]
+    default: bool = False
+    _stamps: dict[str, list[Any] | None] = field(default_factory=dict)
+    _fingerprint: str | None = None
+
+    @property
+    def described(self) -> str:
+        name = "source of the Python standard library" if self.default else self.root
+        return f"{name}, {len(self.files)} files, {self.num_bytes / 1e6:.1f} MB"
+
+    @property
+    def place(self) -> str:
+        return self.root if _URL.match(self.root) else os.path.abspath(self.root)
 
     @property
     def num_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
+        total = 0
+        for file in self.files:
+            with self._named(file):
+                total += file.size()
+        return total
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the names and contents of the files."""
+    @contextmanager
+    def _named(self, file: CorpusFile) -> Iterator[None]:
+        """Whatever keeps a file from being read is said with its name; stores and networks have errors of many makes."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except OSError as error:
+            raise ConfigError(f"{self.key}: {file.where} cannot be read: {error.strerror or error}") from None
+        except Exception as error:
+            if not isinstance(file, RemoteFile):
+                raise
+            raise ConfigError(f"{self.key}: {file.where} cannot be read: {type(error).__name__}: {error}") from error
+
+    def fingerprint(self, record: HashRecord | None = None) -> str:
+        if self._fingerprint is not None:
+            return self._fingerprint
+        record = record or HashRecord(None, print)
         digest = hashlib.sha256(str(self.default).encode())
         for file in self.files:
-            try:
-                with file.open("rb") as stream:
-                    content = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                raise ConfigError(f"{self.key}: {file} cannot be read: {error.strerror or error}") from None
-            digest.update(f"{os.fsencode(self.name(file)).hex()} {content}\n".encode())
-        return digest.hexdigest()[:32]
+            with self._named(file):
+                content, self._stamps[file.name] = record.of(file)
+            digest.update(f"{os.fsencode(file.name).hex()} {content}\n".encode())
+        record.save()
+        self._fingerprint = digest.hexdigest()[:32]
+        return self._fingerprint
 
+    def check_unchanged(self) -> None:
+        for file in self.files:
+            with self._named(file):
+                if file.stamp(fresh=True) != self._stamps.get(file.name):
+                    raise ConfigError(f"{self.key}: {file.where} changed while it was being read; start again when nothing writes to it")
 
-def find_files(path: str | os.PathLike[str] | None) -> list[Path]:
-    """The files that `path` stands for, sorted: a file, a folder (recursive, without hidden entries) or a glob.
-
-    None: Python's own standard library. Raises `ConfigError` if there are none.
-    """
-    return open_source(path).files
+    def documents(self, column: Column, bad: Callable[[BadDocument], None]) -> Iterator[Document]:
+        for file in self.files:
+            with self._named(file):
+                yield from read_file(file, column, bad)
 
 
 def read_documents(path: str | os.PathLike[str] | None, text_column: str = "text") -> Iterator[Document]:
-    """The documents of `path` in the order of `find_files`; empty ones are left out.
+    """The documents of `path` in the order of their files; empty ones are left out.
 
-    Raises `ConfigError` naming file and place of what is no text: invalid UTF-8, NUL bytes, broken JSON, gzip or parquet, a missing column.
+    Raises `ConfigError` naming file and place of what is no text: invalid UTF-8, NUL bytes, broken JSON, gzip, zstd or parquet, a missing column.
     """
     return iter_documents(open_source(path), text_column)
 
 
+def iter_documents(source: Source, column: str | Column, skips: Skips | None = None) -> Iterator[Document]:
+    """The documents of a source; see `read_documents`. `skips` says how many bad ones may be left out (None: not one), and what they were."""
+    skips = skips or Skips(source.key, None if source.default else 0)
+    empty = True
+    for document in source.documents(Column.of(column), skips):
+        if document.text:
+            empty = False
+            yield document
+    if empty:
+        raise ConfigError(f"{source.key}: the corpus is empty: no text in {source.described}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- finding files
+
+
 def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> Source:
-    """`find_files` with what goes with it; `key` is the setting that errors name."""
+    """What `path` stands for: a file, a folder (recursive, without hidden entries), a glob, a URL of one of these that fsspec reads, or
+    `hf://NAME[:CONFIG][@SPLIT][?REVISION]` for a dataset of the `datasets`
+    library. None: Python's own standard library.
+
+    `key` is the setting that errors name. Raises `ConfigError` where there is nothing to read.
+    """
     if path is None:
         return _standard_library(key)
-    if not os.fspath(path):
+    text = os.fspath(path)
+    if not text:
         raise ConfigError(f"{key}= is empty; name a file, a folder or a glob{_or_default(key)}")
-    given = Path(path).expanduser()
+    if text.startswith("hf://") and not text.startswith(tuple(f"hf://{kind}" for kind in _HUB_FILES)):
+        from nsa_transformer.data.hub import HubSource
+
+        return HubSource.open(text, key)
+    if text.startswith("file://"):
+        text = url2pathname(urlsplit(text).path)
+    elif _URL.match(text):
+        return _remote_source(text, key)
+    given = Path(text).expanduser()
     if given.is_file():
-        return Source(given.parent, [given], key)
+        return FileSource(key, str(given), [LocalFile(given, given.name)])
     if given.is_dir():
         root, found = given, list(_walk(given))
         nothing = "no text files in it (hidden files and binary formats do not count)"
@@ -111,10 +207,10 @@ def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> 
         nothing = "no text files that match it; a glob matches files, and ** any folders (data/**/*.txt)"
     else:
         raise ConfigError(f"{key}={path} does not exist; name a file, a folder or a glob{_or_default(key)}")
-    files = sorted({file for file in found if _suffix(file) not in _BINARY}, key=lambda file: file.relative_to(root).as_posix())
-    if not files:
+    named = {file.relative_to(root).as_posix(): file for file in found if suffix_of(file.name) not in _BINARY}
+    if not named:
         raise ConfigError(f"{key}={path} has {nothing}; name text, .jsonl or .parquet files")
-    return Source(root, files, key)
+    return FileSource(key, str(given), [LocalFile(named[name], name) for name in sorted(named)])
 
 
 def _or_default(key: str) -> str:
@@ -122,12 +218,37 @@ def _or_default(key: str) -> str:
     return f", or write {key}=null for the default" if key == "data.path" else ""
 
 
+def _remote_source(url: str, key: str) -> Source:
+    system, path = file_system(url, key)
+    try:
+        system.invalidate_cache()
+        if not path.endswith("/") and system.isfile(path):  # over HTTP a folder is a page as well, and ? no wildcard
+            root, found = path.rpartition("/")[0], {path: system.info(path)}
+        elif glob.has_magic(path):
+            root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
+            found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
+        else:
+            root, found = path.rstrip("/"), system.find(path, detail=True)
+    except OSError as error:
+        raise ConfigError(f"{key}={url} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a store's own; what it is, is in its name
+        raise ConfigError(f"{key}={url} cannot be read: {type(error).__name__}: {error}") from error
+    named = {place.removeprefix(root).lstrip("/"): (place, info) for place, info in found.items()}
+    if url.startswith("http"):  # what follows a ? is for the server
+        named = {name.partition("?")[0]: file for name, file in named.items()}
+    alone = list(found) == [path]
+    kept = [name for name in sorted(named) if alone or (suffix_of(name) not in _BINARY and not any(part.startswith(".") for part in name.split("/")))]
+    if not kept:
+        raise ConfigError(f"{key}={url} has no text files (or does not exist); name text, .jsonl or .parquet files")
+    return FileSource(key, url, [RemoteFile(system, named[name][0], name, named[name][1]) for name in kept])
+
+
 def _standard_library(key: str) -> Source:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for file in _walk(root, without=("site-packages", "dist-packages", "__pycache__")) if file.suffix == ".py"]
+    files = {file.relative_to(root).as_posix(): file for file in _walk(root, without=("site-packages", "dist-packages", "__pycache__")) if file.suffix == ".py"}
     if not files:
         raise ConfigError(f"this Python has no source of its standard library in {root}; write {key}=FILE_OR_FOLDER")
-    return Source(root, sorted(files, key=lambda file: file.relative_to(root).as_posix()), key, default=True)
+    return FileSource(key, str(root), [LocalFile(files[name], name) for name in sorted(files)], default=True)
 
 
 def _walk(root: Path, without: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -152,132 +273,3 @@ def _plain_prefix(pattern: Path) -> list[str]:
             break
         parts.append(part)
     return parts
-
-
-def _suffix(file: Path) -> str:
-    """The last suffix, lower case, under any .gz."""
-    name = file.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
-
-
-def iter_documents(source: Source, text_column: str) -> Iterator[Document]:
-    """The documents of a source; see `read_documents`."""
-    source.skipped.clear()
-    empty = True
-    for file in source.files:
-        for document in _read_file(source, file, text_column):
-            if document.text:
-                empty = False
-                yield document
-    if empty:
-        raise ConfigError(f"{source.key}: the corpus is empty: no text in {source.files[0]}" + (" and the other files" if len(source.files) > 1 else ""))
-
-
-def _read_file(source: Source, file: Path, text_column: str) -> Iterator[Document]:
-    name, suffix = source.name(file), _suffix(file)
-    try:
-        if suffix == ".parquet" and file.suffix.lower() != ".gz":
-            yield from _read_parquet(file, name, text_column)
-            return
-        content = _read_bytes(file)
-        if suffix in _JSONL:
-            yield from _read_jsonl(content, file, name, text_column)
-            return
-        try:
-            yield Document(name, _decode(content, str(file)))
-        except ConfigError:
-            if not source.default:
-                raise
-            source.skipped.append(name)
-    except OSError as error:
-        raise ConfigError(f"{source.key}: {file} cannot be read: {error.strerror or error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{source.key}: {error}") from None
-
-
-def _read_bytes(file: Path) -> bytes:
-    with file.open("rb") as raw:
-        if file.suffix.lower() != ".gz":
-            return raw.read()
-        try:
-            with gzip.GzipFile(fileobj=raw) as stream:
-                return stream.read()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ConfigError(f"{file} is a damaged or truncated gzip file near byte {raw.tell()} ({error}); fetch or compress it again") from None
-
-
-def _decode(content: bytes, where: str) -> str:
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{where} is UTF-16, not UTF-8; convert it, for example with iconv -f utf-16 -t utf-8")
-    nul = content.find(b"\0")
-    if nul >= 0:
-        raise ConfigError(f"{where} is a binary file, not text: NUL byte at offset {nul} (line {_line(content, nul)}); leave it out of the corpus")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = f"offset {error.start} (line {_line(content, error.start)})"
-        raise ConfigError(f"{where} is not valid UTF-8: byte 0x{content[error.start]:02x} at {place}; convert it to UTF-8 or leave it out") from None
-
-
-def _line(content: bytes, offset: int) -> int:
-    return content.count(b"\n", 0, offset) + 1
-
-
-def _read_jsonl(content: bytes, file: Path, name: str, column: str) -> Iterator[Document]:
-    for number, line in enumerate(io.BytesIO(content), start=1):
-        where = f"{file} line {number}"
-        text = _decode(line, where).removeprefix("\ufeff" if number == 1 else "")
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where} is not valid JSON ({error}); each line must be one object") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{where} is {type(row).__name__}, not an object with a {column!r} key")
-        if column not in row:
-            raise ConfigError(f"{where} has no key {column!r}, only {_names(row)}; write data.text_column=KEY")
-        yield _row(f"{name}#{number}", row[column], where, column)
-
-
-def _read_parquet(file: Path, name: str, column: str) -> Iterator[Document]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ConfigError(f"{file} needs pyarrow to be read; pip install pyarrow") from None
-    number = 0
-    try:
-        with pq.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            if column not in schema.names:
-                raise ConfigError(f"{file} has no column {column!r}, only {_names(schema.names)}; write data.text_column=COLUMN")
-            kind = schema.field(column).type
-            value = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
-                raise ConfigError(f"{file} column {column!r} holds {kind}, not text; write data.text_column=COLUMN with one of {_names(schema.names)}")
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for cell in batch.column(0):
-                    number += 1
-                    yield _row(f"{name}#{number}", cell.as_py(), f"{file} row {number}", column)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} row {number} is not valid UTF-8 ({error}); convert it or leave it out") from None
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{file} is a damaged or truncated parquet file, after row {number} ({error}); fetch or write it again") from None
-
-
-def _row(name: str, text: object, where: str, column: str) -> Document:
-    if text is None:
-        text = ""  # a null is an empty document
-    if not isinstance(text, str):
-        raise ConfigError(f"{where}: {column!r} is {type(text).__name__}, not text; write data.text_column=KEY")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: {column!r} has a lone surrogate at character {error.start}, which is not valid text") from None
-    return Document(name, text)
-
-
-def _names(names: object) -> str:
-    listed = [str(name) for name in names]  # type: ignore[attr-defined]
-    return ", ".join(listed[:8]) + (", …" if len(listed) > 8 else "") if listed else "nothing"

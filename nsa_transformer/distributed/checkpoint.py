@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nsa_transformer.config import Config, ConfigError, build_config, to_dict
-from nsa_transformer.distributed.parallelize import assign, whole
+from nsa_transformer.distributed.parallelize import assign, reshard, whole
 from nsa_transformer.distributed.world import World
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.utils.files import MARK, atomic_folder
@@ -132,6 +132,8 @@ def _gather(model: Transformer, optimizer: torch.optim.Optimizer, world: World) 
     """Whole tensors on rank 0's CPU, one at a time; nothing on the others."""
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
+    reshard(model)
+    assert set(optimizer.state) <= set(model.parameters())
 
     def keep(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
         full = whole(tensor.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nsa_transformer.config import Config, ModelConfig
@@ -47,6 +47,14 @@ def assign(target: Tensor, full: Tensor) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """The unsharded tensor; every rank must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: Transformer) -> None:
+    """Let every rank hold its own share again. After a forward without a backward, as in a validation, the outermost parameters are still whole: other
+    objects, which the optimizer does not know."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def draw_weights(model: Transformer, config: ModelConfig, seed: int, device: torch.device) -> None:

@@ -39,7 +39,7 @@ def write_report(
     text = _sample(config, model, data, validation, world)
     if not world.is_main:
         return
-    _compare(data, validation, evaluation, next_pack, config.data.max_length, console)
+    _compare(config, data, validation, evaluation, next_pack, console)
     if config.logging.plots:
         for path in write_plots(run_dir):
             console.info(f"wrote {path}")
@@ -48,15 +48,17 @@ def write_report(
         console.info(f"wrote {run_dir / 'sample.txt'}:\n{text}")
 
 
-def _compare(data: TextData, validation: Sequence[Pack], evaluation: Evaluation, next_pack: int, max_length: int, console: Console) -> None:
+def _compare(config: Config, data: TextData, validation: Sequence[Pack], evaluation: Evaluation, next_pack: int, console: Console) -> None:
+    max_length = config.data.max_length
     seen = range(min(next_pack, max(1, BASELINE_TOKENS // max_length)))
     bigram = bigram_baseline(_pairs(data.train.pack(i) for i in seen), _pairs(iter(validation)), data.tokenizer.vocab_size)
-    order2 = byte_order2_bpb(_texts((data.train.pack(i) for i in seen), data), _texts(iter(validation), data))
+    # Of all text; with a loss on the assistant alone there is nothing it could be compared with.
+    order2 = None if config.data.assistant_only_loss else byte_order2_bpb(_texts((data.train.pack(i) for i in seen), data), _texts(iter(validation), data))
     note = "" if len(seen) == next_pack else f" (counted on the first {len(seen) * max_length / 1e6:.0f} M of them)"
     console.info(
         f"validation loss {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte\n"
-        f"  bigram model of the same tokens{note}: {bigram:.4f} nats per token\n"
-        f"  order-2 byte model of the same text{note}: {order2:.4f} bits per byte"
+        f"  bigram model of the same tokens{note}: {bigram:.4f} nats per token"
+        + ("" if order2 is None else f"\n  order-2 byte model of the same text{note}: {order2:.4f} bits per byte")
     )
     if evaluation.early_loss is not None and evaluation.late_loss is not None:
         console.info(f"  loss at positions <= {EARLY}: {evaluation.early_loss:.4f}, at positions >= {LATE}: {evaluation.late_loss:.4f}")

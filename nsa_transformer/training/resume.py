@@ -13,6 +13,7 @@ GROUPS = ("model", "training", "memory", "data", "logging")
 # What a continued run cannot change, since its weights, moments or place in the data depend on it.
 FIXED = (
     *("data.max_length", "data.pack_buffer", "data.length_curriculum", "data.path", "data.val_path", "data.val_fraction", "data.text_column"),
+    *("data.mixture", "data.messages_column", "data.assistant_only_loss"),
     "training.seed",
 )
 

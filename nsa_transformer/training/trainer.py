@@ -213,7 +213,9 @@ class Trainer:
 
     def _save(self) -> None:
         self.doing = "saving a checkpoint"
-        state = vars(self.progress) | {"data_fingerprint": self.data.fingerprint, "stream_fingerprint": self.data.train.fingerprint}
+        train = self.data.train
+        state = vars(self.progress) | {"data_fingerprint": self.data.fingerprint, "stream_fingerprint": train.fingerprint}
+        state["stream_position"] = train.position(self.progress.next_pack)
         path = save_checkpoint(
             self.run_dir, self.progress.step, self.model, self.optimizer, state, self.texts, self.world, self.config.training.keep_checkpoints
         )
@@ -299,6 +301,9 @@ class Trainer:
                 f"the data is not what {path} was trained on (data.path, its files, or the tokenizer changed); restore it, "
                 f"or start a new run with training.init_from={path} data.tokenizer={path}"
             )
+        position = state.pop("stream_position", None)  # older checkpoints have none, and their epochs are planned anew
+        if position is not None:
+            self.data.train.start_at(position)
         self.progress = Progress(**state)
         if self.progress.step > self.config.training.max_steps:
             raise ConfigError(f"training.max_steps={self.config.training.max_steps} lies before step {self.progress.step} of {path}; write a larger one")

@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["atomic_folder", "remove_leftovers", "write_atomic"]
+__all__ = ["atomic_file", "atomic_folder", "remove_leftovers", "write_atomic"]
 
 MARK = ".tmp-"  # `.<name>.tmp-<pid>-<random>`: hidden, and never mistaken for a finished one
 
@@ -32,12 +33,18 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
 
     The folder must exist. Raises `OSError` where it cannot be written, and then leaves `path` as it was.
     """
+    with atomic_file(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """`write_atomic` for content that comes piece by piece: yields a file that replaces the one at `path` when the block ends without an error."""
     path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = _sibling(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

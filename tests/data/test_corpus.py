@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -279,6 +280,52 @@ def test_a_large_vocabulary_takes_wider_tokens(config: DataConfig, tmp_path: Pat
     data, _ = opened(replace(config, tokenizer=str(tmp_path)), vocab_size=70_000)
     assert data.train.split.tokens.dtype == np.uint32
     assert all(text.startswith("document ") for text in itertools.chain(*splits(data)))
+
+
+def test_a_huge_document_has_the_tokens_of_the_whole(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(config.path) / "17.txt").write_text("words of a long document, and more of them\n" * 4000)  # type: ignore[arg-type]
+    whole = opened(config)[0]
+    monkeypatch.setattr("nsa_transformer.data.encoding.BATCH_CHARACTERS", 100)
+    pieces = opened(replace(config, cache_dir=f"{config.cache_dir}2"))[0]
+    assert pieces.fingerprint == whole.fingerprint
+
+
+STOPPED = """
+import json, sys
+import nsa_transformer.data.encoding as encoding
+from nsa_transformer.config import DataConfig
+from nsa_transformer.data.loader import open_data
+from nsa_transformer.training.faults import Stopped, StopSignal
+
+def slowly(pieces, plain=encoding._batches):
+    for batch in plain(pieces):
+        yield batch
+        print("tokenising", flush=True)
+        sys.stdin.readline()
+
+encoding._batches = slowly
+with StopSignal():
+    try:
+        open_data(DataConfig(**json.loads(sys.argv[1])), 300, 0)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_tokenising_leaves_nothing(config: DataConfig, number: signal.Signals, workers: int) -> None:
+    settings = json.dumps({"path": config.path, "cache_dir": config.cache_dir, "max_length": 64, "val_fraction": 0.2, "num_workers": workers})
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, settings], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "tokenising\n"
+    children = [child for task in Path(f"/proc/{process.pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    assert len(children) == workers
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert list((cache_folder(config) / "corpora").iterdir()) == []
+    assert splits(opened(config)[0])
 
 
 def test_the_tokenizer_sample_is_even_bounded_and_ordered() -> None:

@@ -267,3 +267,35 @@ def test_validation_packs_are_fixed(tmp_path: Path) -> None:
     assert sum(pack.num_tokens for pack in everything) == one.validation.split.num_tokens
     assert len(everything) == one.validation.packs_in_epoch(0)
     assert not same(one.train.pack(0), two.train.pack(0))
+
+
+# ---------------------------------------------------------------------------------------------------- position in the stream
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), stops=st.lists(st.integers(0, 400), min_size=1, max_size=3))
+def test_a_position_resumes_the_stream_twice_and_depends_on_the_number_alone(lengths: list[int], stops: list[int]) -> None:
+    alone, position, at = make_stream(lengths), None, 0
+    for count in stops:
+        resumed = make_stream(lengths)
+        if position is not None:
+            resumed.start_at(position)
+        for number in range(at, at + min(count, 20)):
+            assert same(resumed.pack(number), alone.pack(number))
+        at += count
+        position = resumed.position(at)
+        assert position == make_stream(lengths).position(at)
+
+
+def test_a_position_spares_the_planning_of_epochs_before() -> None:
+    whole = make_stream(LENGTHS)
+    index = 100_000
+    position = whole.position(index)
+    resumed = make_stream(LENGTHS)
+    planned: list[int] = []
+    plan = resumed.plan_in_order
+    resumed.plan_in_order = lambda order: planned.append(1) or plan(order)  # type: ignore[method-assign,func-returns-value]
+    resumed.start_at(position)
+    assert same(resumed.pack(index), whole.pack(index))
+    assert len(planned) <= 2
+    assert same(resumed.pack(3), whole.pack(3))  # what lies before can still be had
