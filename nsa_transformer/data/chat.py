@@ -15,7 +15,7 @@ from typing import Any
 from nsa_transformer.config import ConfigError
 from nsa_transformer.data.tokenizer import CHAT_END, CHAT_START, Tokenizer
 
-__all__ = ["ROLES", "ChatTemplate", "ChatTokens"]
+__all__ = ["ROLES", "ChatTemplate", "ChatTokens", "check_conversation"]
 
 ROLES = ("system", "user", "assistant", "tool")
 # What belongs to a message and is not in its content. Other keys are notes about it, as columns are that nobody asked for.
@@ -67,7 +67,7 @@ class ChatTemplate:
     def encode_batch(self, conversations: Sequence[Sequence[Message]]) -> list[ChatTokens]:
         """`encode` of each conversation, with all their contents in one `Tokenizer.encode_batch`."""
         for messages in conversations:
-            _check(messages)
+            check_conversation(messages)
         contents = iter(self.tokenizer.encode_batch([message["content"] for messages in conversations for message in messages]))
         return [self._join(messages, [next(contents) for _ in messages]) for messages in conversations]
 
@@ -116,7 +116,8 @@ class ChatTemplate:
         return messages
 
 
-def _check(messages: object) -> None:
+def check_conversation(messages: object) -> None:
+    """Raises `ValueError` where `messages` is no conversation as `ChatTemplate.encode` takes them."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise ValueError(f'a conversation is a list of {{"role": …, "content": …}}, not {_kind(messages)}')
     if not messages:

@@ -101,7 +101,7 @@ def _pieces(documents: Iterable[Document], conversations: bool, tokenizer: Token
         if conversations:
             yield _Piece(document, list(document.messages), True)
             continue
-        cuttable = len(document.text) > BATCH_CHARACTERS and tokenizer._pieces is not None
+        cuttable = len(document.text) > BATCH_CHARACTERS and tokenizer.can_be_cut
         parts = cut_text(document.text, BATCH_CHARACTERS) if cuttable else [document.text]
         for number, part in enumerate(parts, 1):
             yield _Piece(document, part, number == len(parts))

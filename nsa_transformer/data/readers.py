@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_transformer.config import ConfigError
-from nsa_transformer.data.chat import _check as check_conversation
+from nsa_transformer.data.chat import check_conversation
 from nsa_transformer.data.files import BadDocument, CorpusFile, unpacked
 
 __all__ = ["Column", "Document", "read_file", "suffix_of"]

@@ -186,6 +186,11 @@ class Tokenizer:
             raise ValueError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
         return listed
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether `cut_text` cuts a text into parts that encode to the same tokens apart as together."""
+        return self._pieces is not None
+
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether every token stands for bytes of its own, whatever stands beside it."""
