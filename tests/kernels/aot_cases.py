@@ -1,4 +1,4 @@
-"""The launches that `tests/kernels/aot.py` compiles: forward and backward of the attention, of φ and of the experts, per kind of model with tiles of its own."""
+"""The launches that `tests/kernels/aot.py` compiles: forward and backward of the attention, of φ and of the experts, per kind of model with its own tiles."""
 
 from __future__ import annotations
 
