@@ -123,20 +123,31 @@ class MoEConfig:
     expert_size: int = doc("Hidden width of one expert (SwiGLU).", 384)
     num_shared_experts: int = doc("Experts that every token visits, computed as one MLP of num_shared_experts * expert_size.", 1)
     num_dense_layers: int = doc("First layers that keep a dense MLP instead of experts.", 1)
+    score: Literal["sigmoid", "softmax"] = doc("What a router's logits become: scores of each expert by itself, or shares of 1 over all of them.", "sigmoid")
+    num_groups: int = doc("Groups of neighbouring experts, of which a token visits the experts of top_groups alone (arXiv 2412.19437). 1: no groups.", 1)
+    top_groups: int = doc("Groups that each token visits: those whose two best experts score highest.", 1)
     routed_scaling: float = doc("Factor on the renormalised routing weights.", 1.0)
     bias_update_rate: float = doc("Step of the balancing bias, once per optimizer step. 0 turns bias-based balancing off.", 0.001)
     sequence_loss_weight: float = doc("Weight of the sequence-wise balance loss. 0: off.", 0.0001)
     z_loss_weight: float = doc("Weight of the router z-loss. 0: off.", 0.0)
+    forced_balance: bool = doc("For benchmarks: experts take turns whatever the router says, so all have the same load. The model learns no routing.", False)
 
     def __post_init__(self) -> None:
         _check_types(self)
         _not_negative(self, "num_experts", "num_shared_experts", "num_dense_layers", "bias_update_rate", "sequence_loss_weight", "z_loss_weight")
-        _positive(self, "top_k", "expert_size", "routed_scaling")
+        _positive(self, "top_k", "expert_size", "routed_scaling", "num_groups", "top_groups")
         if self.num_experts:
             _need(
                 self.top_k <= self.num_experts,
                 f"top_k={self.top_k} is more than num_experts={self.num_experts}; write top_k={self.num_experts} or fewer",
             )
+            _need(
+                self.num_experts % self.num_groups == 0,
+                f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}; write num_groups=1 or a divisor",
+            )
+            _need(self.top_groups <= self.num_groups, f"top_groups={self.top_groups} is more than num_groups={self.num_groups}; write that or fewer")
+            reach = self.top_groups * (self.num_experts // self.num_groups)
+            _need(self.top_k <= reach, f"top_k={self.top_k} is more than the {reach} experts of top_groups={self.top_groups}; write top_k={reach} or fewer")
 
 
 @dataclass(frozen=True)

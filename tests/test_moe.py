@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_transformer import ModelConfig, MoEConfig, NSAConfig, Transformer
 from nsa_transformer.kernels import experts
 from nsa_transformer.memory.activation_checkpointing import apply_activation_checkpointing
-from nsa_transformer.models.moe import MixtureOfExperts, Router
+from nsa_transformer.models.moe import MixtureOfExperts, Router, load_statistics
 
 CONFIG = MoEConfig(num_experts=8, top_k=2, expert_size=16, num_shared_experts=1, bias_update_rate=0.01, sequence_loss_weight=0.0)
 
@@ -82,6 +82,73 @@ def test_weights_are_renormalised_scores_and_the_bias_only_chooses():
     torch.testing.assert_close(weights, 2.5 * scores / scores.sum(-1, keepdim=True))
     torch.testing.assert_close(weights.sum(-1), torch.full((40,), 2.5))
     assert indices.dtype == torch.int64 and weights.dtype == torch.float32
+
+
+def test_softmax_scores():
+    router, x = Router(12, MoEConfig(num_experts=8, top_k=3, score="softmax", sequence_loss_weight=0.1)), torch.randn(40, 12)
+    indices, weights, logits = router(x)
+    scores = logits.softmax(-1)
+    assert torch.equal(indices, scores.topk(3).indices)
+    chosen = scores.gather(-1, indices)
+    torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True))
+    # tokens * sum_i f_i P_i of one document, with the shares as they are: they sum to 1 already.
+    visits = torch.zeros(8).index_add_(0, indices.flatten(), torch.ones(120))
+    expected = 0.1 * 8 / (3 * 40) * (visits * scores.sum(0)).sum()
+    torch.testing.assert_close(router.statistics(logits, indices, torch.zeros(40, dtype=torch.int64), 1, None).auxiliary, expected)
+
+
+def test_a_token_visits_its_best_groups_alone():
+    torch.manual_seed(0)
+    router, x = Router(12, MoEConfig(num_experts=12, top_k=4, num_groups=4, top_groups=2)), torch.randn(200, 12)
+    with torch.no_grad():
+        router.weight.normal_(std=0.5)
+        router.bias.normal_(std=0.1)
+    indices, weights, logits = router(x)
+    biased = (logits.sigmoid() + router.bias).detach()
+    free = biased.topk(4).indices
+    differs = 0
+    for t in range(200):
+        best = sorted(range(4), key=lambda g, t=t: -float(biased[t, 3 * g : 3 * g + 3].topk(2).values.sum()))[:2]
+        allowed = [e for g in best for e in range(3 * g, 3 * g + 3)]
+        expected = sorted(allowed, key=lambda e, t=t: -float(biased[t, e]))[:4]
+        assert indices[t].tolist() == expected
+        differs += sorted(expected) != sorted(free[t].tolist())
+    assert differs > 20, "groups must change something here"
+    torch.testing.assert_close(weights.sum(-1), torch.ones(200))
+    alone = Router(12, MoEConfig(num_experts=4, top_k=2, num_groups=4, top_groups=2))  # groups of one expert
+    assert alone(x)[0].shape == (200, 2)
+
+
+def test_forced_balance_lets_experts_take_turns():
+    router, x = Router(12, MoEConfig(num_experts=8, top_k=3, forced_balance=True)), torch.randn(40, 12)
+    indices, weights, logits = router(x)
+    assert torch.equal(indices.flatten(), torch.arange(120) % 8) and all(len(set(row)) == 3 for row in indices.tolist())
+    scores = logits.sigmoid().gather(-1, indices)
+    torch.testing.assert_close(weights, scores / scores.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_groups": 3}, "num_groups=3 does not divide num_experts=8"),
+        ({"num_groups": 4, "top_groups": 5}, "top_groups=5 is more than num_groups=4"),
+        ({"num_groups": 4, "top_k": 3}, "top_k=3 is more than the 2 experts of top_groups=1"),
+        ({"num_groups": 0}, "num_groups=0 must be greater than 0"),
+    ],
+    ids=str,
+)
+def test_groups_that_cannot_be(changes: dict[str, int], words: str):
+    with pytest.raises(ValueError, match=words):
+        MoEConfig(**{"num_experts": 8, "top_k": 2} | changes)
+
+
+def test_statistics_of_a_load():
+    even, one, dead = [5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]
+    found = load_statistics(torch.tensor([even, dead]))
+    assert found == {"expert_load_max_over_mean": 2.0, "expert_load_entropy": pytest.approx(0.5), "dead_experts": 2}
+    assert load_statistics(torch.tensor([even])) == {"expert_load_max_over_mean": 1.0, "expert_load_entropy": pytest.approx(1.0), "dead_experts": 0}
+    assert load_statistics(torch.tensor([one, even]))["expert_load_entropy"] == 0.0
+    assert load_statistics(torch.zeros(1, 4, dtype=torch.int64))["dead_experts"] == 4
 
 
 def test_the_router_computes_in_float32_under_autocast():

@@ -59,20 +59,28 @@ def _version(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def kernels_refuse(q: Tensor, v: Tensor, config: NSAConfig, name: str = "q") -> str | None:
-    """Why the Triton kernels do not take these inputs, as a phrase; None if they do. `name`: what q is called in it."""
+def device_refuses(x: Tensor, name: str) -> str | None:
+    """Why no Triton kernel takes x, called `name`, by its device and dtype, as a phrase; None if some may."""
     if not _TRITON:
         return "triton is not installed"
-    if _INTERPRET and q.device.type != "cpu":
-        return f"{name} is on {q.device}, and Triton's interpreter (TRITON_INTERPRET) takes CPU tensors alone"
-    if not _INTERPRET and q.device.type != "cuda":
-        return f"{name} is on {q.device}, not on an NVIDIA GPU"
-    if not _INTERPRET and not _capable(q.device.index or 0):
-        return f"{name} is on {q.device}, which is not an NVIDIA GPU of compute capability {_version(CAPABILITY)} or higher"
-    if q.dtype not in DTYPES:
-        return f"{name} has dtype {q.dtype}, not one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
-    if _INTERPRET and q.dtype == torch.bfloat16:
+    if _INTERPRET and x.device.type != "cpu":
+        return f"{name} is on {x.device}, and Triton's interpreter (TRITON_INTERPRET) takes CPU tensors alone"
+    if not _INTERPRET and x.device.type != "cuda":
+        return f"{name} is on {x.device}, not on an NVIDIA GPU"
+    if not _INTERPRET and not _capable(x.device.index or 0):
+        return f"{name} is on {x.device}, which is not an NVIDIA GPU of compute capability {_version(CAPABILITY)} or higher"
+    if x.dtype not in DTYPES:
+        return f"{name} has dtype {x.dtype}, not one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
+    if _INTERPRET and x.dtype == torch.bfloat16:
         return f"{name} has dtype torch.bfloat16, which Triton's interpreter (TRITON_INTERPRET) computes wrongly"
+    return None
+
+
+def kernels_refuse(q: Tensor, v: Tensor, config: NSAConfig, name: str = "q") -> str | None:
+    """Why the Triton kernels do not take these inputs, as a phrase; None if they do. `name`: what q is called in it."""
+    refusal = device_refuses(q, name)
+    if refusal is not None:
+        return refusal
     if q.shape[2] not in WIDTHS or v.shape[2] not in WIDTHS:
         return f"the head widths {q.shape[2]} and {v.shape[2]} are not both among {', '.join(map(str, WIDTHS))}"
     block, stride, select = config.compress_block, config.compress_stride, config.select_block

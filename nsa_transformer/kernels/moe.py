@@ -1,7 +1,8 @@
 """`experts`: a mixture of SwiGLU experts over routed tokens, without dropping any.
 
-Backends: `reference`, a loop over experts in plain autograd (float64-capable, judges the other), and `torch`, grouped matrix
-products with a backward of our own that saves only the input, the pre-activations and the routing.
+Backends: `reference`, a loop over experts in plain autograd (float64-capable, judges the others); `torch`, grouped matrix products; and `triton`, kernels
+with gather and SwiGLU in the products (`kernels/triton/experts.py`). The latter two have a backward of their own that saves only the input, the
+pre-activations and the routing.
 
 Shape letters: T tokens, K experts per token, R = T * K routed rows sorted by expert, E experts, I expert width, H hidden width.
 """
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXPERT_BACKENDS = ("reference", "torch")
+from nsa_transformer.kernels import dispatch
+
+EXPERT_BACKENDS = ("reference", "torch", "triton")
 
 
 def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, backend: str = "auto") -> Tensor:
@@ -25,7 +28,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
         indices: int64 or int32 `[T, K]`, experts of each token, in `0 … E - 1` (checked on CPU tensors).
         weights: `[T, K]`, x's dtype or float32.
         w13: `[E, 2I, H]`, gate rows first, then up. w2: `[E, H, I]`. Both in x's dtype.
-        backend: `auto`, `torch` or `reference`.
+        backend: `auto` (`torch`), `torch`, `triton` (on an NVIDIA GPU, or under TRITON_INTERPRET; bf16, fp16, fp32) or `reference`.
 
     Returns:
         `[T, H]` in x's dtype; rows are summed in float32 (float64 for float64 inputs).
@@ -36,6 +39,12 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     if backend not in ("auto", *EXPERT_BACKENDS):
         raise ValueError(f"backend={backend!r} is not available here; write one of auto, {', '.join(EXPERT_BACKENDS)}")
     _check(x, indices, weights, w13, w2)
+    if backend == "triton":
+        refusal = _kernels_refuse(x, w2)
+        if refusal is not None:
+            raise ValueError(f"backend='triton' does not take these inputs: {refusal}; write backend='auto' or 'reference'")
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, w13, w2))
+        return _triton(x, indices, weights, w13, w2, save)[0]
     indices = indices.long()
     if backend == "reference":
         return _reference(x, indices, weights, w13, w2)
@@ -113,6 +122,70 @@ def _backward(ctx: Any, grad: Tensor, _grad_hidden: Tensor) -> tuple[Tensor | No
 
 
 _grouped.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# ------------------------------------------------------------------------------------------------------------------ triton
+
+
+def _kernels_refuse(x: Tensor, w2: Tensor) -> str | None:
+    """Why the Triton kernels do not take these inputs, as a phrase; None if they do."""
+    refusal = dispatch.device_refuses(x, "x")
+    if refusal is not None:
+        return refusal
+    least = 16 // x.element_size()
+    if x.shape[1] % least or w2.shape[2] % least:
+        return f"hidden width {x.shape[1]} and expert width {w2.shape[2]} are not both multiples of {least}, 16 bytes"
+    return None
+
+
+@torch.library.custom_op("nsa_transformer::experts_triton", mutates_args=())
+def _triton(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """The output [T, H]; with `save` the pre-activations [R, 2I] in expert order, else none."""
+    from nsa_transformer.kernels.triton import experts as kernels
+
+    _check_values(indices, w13.shape[0])
+    with torch.cuda.device_of(x):
+        return kernels.forward(x, indices, weights, w13, w2, save)
+
+
+@_triton.register_fake
+def _(x, indices, weights, w13, w2, save):
+    return x.new_empty(x.shape), x.new_empty(indices.numel() if save else 0, w13.shape[1])
+
+
+@torch.library.custom_op("nsa_transformer::experts_triton_backward", mutates_args=())
+def _triton_backward(
+    grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from nsa_transformer.kernels.triton import experts as kernels
+
+    with torch.cuda.device_of(x):
+        return kernels.backward(grad, x, indices, weights, w13, w2, hidden)
+
+
+@_triton_backward.register_fake
+def _(grad, x, indices, weights, w13, w2, hidden):
+    return tuple(t.new_empty(t.shape) for t in (x, weights, w13, w2))
+
+
+def _save_for_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.save = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # or `hidden` would get a gradient of zeros as large as itself
+
+
+def _backward_triton(ctx: Any, grad: Tensor | None, _grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    assert ctx.save, "the forward ran without gradients"
+    grad_x, grad_weights, grad_w13, grad_w2 = _triton_backward(grad, *ctx.saved_tensors)
+    return grad_x, None, grad_weights, grad_w13, grad_w2, None
+
+
+_triton.register_autograd(_backward_triton, setup_context=_save_for_triton)
+
+
+# ------------------------------------------------------------------------------------------------------------------ shared
 
 
 def _sort(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

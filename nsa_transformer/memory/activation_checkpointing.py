@@ -18,6 +18,7 @@ DEAR = (
     torch.ops.nsa_transformer.attention_reference.default,
     torch.ops.nsa_transformer.attention_triton.default,
     torch.ops.nsa_transformer.experts_grouped.default,
+    torch.ops.nsa_transformer.experts_triton.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,

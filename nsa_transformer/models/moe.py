@@ -3,6 +3,7 @@ fine-grained routed ones, balanced without an auxiliary loss by a bias on the ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,8 +40,21 @@ class RouterStatistics:
     auxiliary: Tensor
 
 
+def load_statistics(load: Tensor) -> dict[str, float | int]:
+    """What a metrics row says of the visits to each expert, int64 [MoE layers, E], of a step: of the least balanced layer the busiest expert over the mean, and
+    the entropy of the shares over that of even ones (1: even, 0: one expert has all); and how many experts of all layers nobody visited."""
+    total = load.sum(-1, keepdim=True)
+    share = load.double() / total.clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-300).log()).sum(-1) / math.log(max(load.shape[-1], 2))
+    return {
+        "expert_load_max_over_mean": float((share.max(-1).values * load.shape[-1]).max()),
+        "expert_load_entropy": float(entropy.min()),
+        "dead_experts": int((load == 0).sum()),
+    }
+
+
 class Router(nn.Module):
-    """Sigmoid scores in float32; the top k by score plus bias, weighted by their renormalised scores alone."""
+    """Scores in float32; the top k by score plus bias, in the best groups where there are groups, weighted by their renormalised scores alone."""
 
     bias: Tensor
 
@@ -55,11 +69,28 @@ class Router(nn.Module):
         """x `[T, hidden]` to indices int64 `[T, k]`, weights float32 `[T, k]`, logits float32 `[T, E]`."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
-        scores = logits.sigmoid()
-        indices = (scores.detach() + self.bias).topk(self.config.top_k, dim=-1).indices
+        scores = self._scores(logits)
+        indices = self._choose(scores.detach() + self.bias)
         weights = scores.gather(-1, indices)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.config.routed_scaling
         return indices, weights, logits
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() if self.config.score == "sigmoid" else logits.softmax(-1)
+
+    def _choose(self, biased: Tensor) -> Tensor:
+        """int64 [T, k] from scores plus bias [T, E]."""
+        config = self.config
+        if config.forced_balance:
+            turn = torch.arange(biased.shape[0] * config.top_k, device=biased.device)
+            return (turn % config.num_experts).view(-1, config.top_k)
+        if config.num_groups > 1:
+            # A group counts by its two best experts (arXiv 2412.19437, section 2.1.2).
+            grouped = biased.unflatten(-1, (config.num_groups, -1))
+            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
+            hidden = torch.ones(grouped.shape[:2], dtype=torch.bool, device=biased.device).scatter_(-1, best, False)
+            biased = grouped.masked_fill(hidden[..., None], -torch.inf).flatten(1)
+        return biased.topk(config.top_k, dim=-1).indices
 
     def statistics(self, logits: Tensor, indices: Tensor, document: Tensor, num_documents: int, valid: Tensor | None) -> RouterStatistics:
         """Load, sequence-wise balance loss (arXiv 2412.19437, equations 17–20; a sequence is a document) and z-loss (arXiv 2202.08906).
@@ -72,7 +103,7 @@ class Router(nn.Module):
             chosen = chosen * valid[:, None]
         auxiliary = logits.new_zeros(())
         if config.sequence_loss_weight and torch.is_grad_enabled():
-            scores = logits.sigmoid()
+            scores = self._scores(logits)
             share = scores / scores.sum(-1, keepdim=True)
             if valid is not None:
                 share = share * valid[:, None]

@@ -21,6 +21,7 @@ from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load
 from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
 from nsa_transformer.distributed.world import World, open_world
 from nsa_transformer.kernels.dispatch import choose_backend
+from nsa_transformer.models.moe import load_statistics
 from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
 from nsa_transformer.training.console import Console
 from nsa_transformer.training.evaluate import Evaluation, evaluate
@@ -183,7 +184,7 @@ class Trainer:
         progress.bad_steps = 0
         row = {"step": progress.step, "tokens": progress.tokens, "loss": loss.item(), "lr": rate, "grad_norm": grad_norm.item()}
         if load.numel():
-            row["expert_load_max_over_mean"] = float((load.max(-1).values / load.float().mean(-1).clamp(min=1e-9)).max())
+            row |= load_statistics(load)
         return row
 
     def _skip(self, loss: float, grad_norm: float) -> None:
@@ -328,6 +329,8 @@ def _announce(config: Config, world: World, console: Console) -> None:
     ranks = f" × {world.size} ranks" if world.size > 1 else ""
     size = f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active for a token"
     console.info(f"{size}; {config.model.attention} attention{_backend(config, world.device)}; {device_name(world.device)}{ranks}")
+    if config.model.moe.num_experts and config.model.moe.forced_balance:
+        console.warning("model.moe.forced_balance=true: experts take turns whatever the router says; for benchmarks alone, the model learns no routing")
     if world.device.type == "cpu":
         tokens = config.training.max_steps * config.training.batch_size * config.data.max_length
         hours = tokens * 6 * active / (world.size * CPU_FLOPS) / 3600

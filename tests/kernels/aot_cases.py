@@ -1,4 +1,4 @@
-"""The launches that `tests/kernels/aot.py` compiles: one forward and backward of the attention, and of φ, per kind of model that has tiles of its own."""
+"""The launches that `tests/kernels/aot.py` compiles: forward and backward of the attention, of φ and of the experts, per kind of model with its own tiles."""
 
 from __future__ import annotations
 
@@ -46,6 +46,17 @@ def compression(width: int, width_v: int, dtype: torch.dtype, config: NSAConfig 
     compress_mlp.split_backward(*chunks, plan, tokens, hkv, block, stride, torch.float32, torch.float32)
 
 
+def experts(hidden_size: int, width: int, num: int, top_k: int, tokens: int, dtype: torch.dtype) -> None:
+    """Forward and backward of a mixture of experts."""
+    from nsa_transformer.kernels.triton import experts as kernels
+
+    x, indices = torch.empty(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
+    weights = torch.empty(tokens, top_k)
+    w13, w2 = torch.empty(num, 2 * width, hidden_size, dtype=dtype), torch.empty(num, hidden_size, width, dtype=dtype)
+    y, hidden = kernels.forward(x, indices, weights, w13, w2, True)
+    kernels.backward(y, x, indices, weights, w13, w2, hidden)
+
+
 def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
@@ -55,6 +66,9 @@ def cases() -> list[Case]:
         Case("bf16 256 G8", partial(attention, 256, 256, 8, half), slow=True),
         Case("bf16 128 G4, blocks of 128", partial(attention, 128, 128, 4, half, NSAConfig(select_block=128)), slow=True),
         Case("f32 128 G16", partial(attention, 128, 128, 16, full), slow=True),
+        Case("experts bf16, 256 rows each", partial(experts, 256, 128, 8, 2, 1024, half)),
+        Case("experts bf16, few rows each", partial(experts, 256, 128, 64, 2, 128, half), slow=True),
+        Case("experts f32", partial(experts, 256, 128, 8, 2, 256, full), slow=True),
         Case("phi bf16 128", partial(compression, 128, 128, half)),
         Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),
         Case("phi f32 256, one head", partial(compression, 256, 256, full, NSAConfig(64, 64, 64), 1), slow=True),
