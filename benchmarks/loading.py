@@ -298,6 +298,12 @@ def main(argv: list[str] | None = None) -> int:
     facts |= {"cpu": cpu_model(), "system": platform.platform(), "numpy": installed_version("numpy"), "tokenizers": installed_version("tokenizers")}
     results: Row = {"facts": facts, "cores": options.cores, "corpora": []}
     named: list[tuple[str, str | None]] = [("Python's standard library", None), *(tuple(text.split("=", 1)) for text in options.corpus)]
+    try:
+        for _, path in named:
+            open_source(path, key="--corpus")
+    except ConfigError as error:
+        print_to_stderr(f"error: {error}")
+        return 2
     for name, path in named:
         with tempfile.TemporaryDirectory() as folder:
             cache = Path(folder)

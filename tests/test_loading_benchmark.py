@@ -49,4 +49,5 @@ def test_the_page_says_whether_the_promise_is_kept() -> None:
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert loading.main(["--corpus", "nowhere"]) == 2
     assert loading.main(["--measure", "start", json.dumps([str(tmp_path / "nowhere")]), "--cache", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("error: ") == 2
+    assert loading.main(["--corpus", f"missing={tmp_path / 'nowhere'}"]) == 2  # before anything is measured
+    assert capsys.readouterr().err.count("error: ") == 3
