@@ -141,6 +141,21 @@ def test_scores_are_stored_for_dq_or_computed_once_more(stored, monkeypatch):
             assert_same_bits(name, x, y[: len(x)])
 
 
+def test_views_at_odd_offsets():
+    """Parts of a flat buffer need not begin at multiples of 16 bytes."""
+    case = case_of([40], torch.float16, group=2)
+
+    def moved(x: Tensor) -> Tensor:
+        buffer = torch.empty(x.numel() + 1, dtype=x.dtype)
+        buffer[1:] = x.flatten()
+        return buffer[1:].view(x.shape)
+
+    odd = case.changed(**{name: moved(getattr(case.inputs, name)) for name in NAMES})
+    straight, result = run(case, "triton"), run(odd, "triton")
+    for name, x, y in zip(NAMES, straight.grads, result.grads, strict=True):
+        assert_same_bits(name, x, y)
+
+
 def test_scale_and_signs_of_gates():
     case = case_of([40], group=2).using(scale=0.3)
     check(case.changed(gates=case.inputs.gates * 2 - 1))

@@ -68,6 +68,30 @@ def test_weights_in_float32_and_strided_inputs() -> None:
     assert check(case)["grad of weights"].dtype == torch.float32
 
 
+def test_views_at_odd_offsets() -> None:
+    """Parts of a flat buffer need not begin at multiples of 16 bytes."""
+    case = make(dtype=torch.float16, **SMALL)
+    for name in ("x", "w13", "w2", "grad"):
+        buffer = torch.empty(case[name].numel() + 1, dtype=torch.float16)
+        buffer[1:] = case[name].flatten()
+        case[name] = buffer[1:].view(case[name].shape)
+    check(case)
+
+
+def test_what_is_not_finite_stays_with_its_expert() -> None:
+    """Tiles reach into the next expert's rows and, where a width is no multiple of theirs, into its matrix."""
+    case = make(dtype=torch.float32, **SMALL | {"hidden": 40, "width": 24, "top_k": 1, "num": 4})
+    case["indices"] = torch.tensor([0, 2, 3]).repeat(15)[:, None].sort(0).values
+    case["w13"][1], case["w2"][1] = torch.nan, torch.nan  # nobody visits it
+    case["grad"][20] = torch.inf  # of expert 2
+    found = answer({name: x.cuda() for name, x in case.items()} if ON_GPU else case, experts, backend="triton")
+    for expert in (0, 1, 3):
+        assert found["grad of w13"][expert].isfinite().all() and found["grad of w2"][expert].isfinite().all(), expert
+    others = torch.arange(45) != 20
+    assert found["out"].isfinite().all() and found["grad of x"][others].isfinite().all() and found["grad of weights"][others].isfinite().all()
+    assert not found["grad of w13"][2].isfinite().all()
+
+
 def test_two_runs_are_the_same_bits() -> None:
     case = make(dtype=torch.float16, **SMALL)
     case = {name: x.cuda() for name, x in case.items()} if ON_GPU else case

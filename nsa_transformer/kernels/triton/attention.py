@@ -24,7 +24,7 @@ from nsa_transformer.kernels.triton import (
     lists,
 )
 from nsa_transformer.kernels.triton.banded import banded_forward, banded_grad_kv, banded_grad_q, clean_copy, sum_parts
-from nsa_transformer.kernels.triton.common import LOG2E, by_rows, descriptors, precision, split_width, token_descriptors
+from nsa_transformer.kernels.triton.common import LOG2E, aligned, by_rows, descriptors, packed, precision, split_width, token_descriptors
 from nsa_transformer.kernels.triton.gates import gate_gradients
 from nsa_transformer.kernels.triton.plan import Plan, make_plan
 from nsa_transformer.kernels.triton.select import score, select_blocks
@@ -263,7 +263,7 @@ def backward(
     if q.shape[0] == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
     pack = _Pack.make(q, keys_values, gates, cu_q, cu_k, q_start, config, scale)
-    grad_out = grad_out.contiguous()
+    grad_out = packed(grad_out)
     delta, grad_gates = gate_gradients(grad_out, outs, gates.dtype)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     band_grad_q(pack, "compressed", grad_out, lse[0], delta[0], grad_q)
@@ -291,11 +291,6 @@ def band_grad_q(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: Te
     )  # fmt: skip
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x [T, Hq, D] as boxes of it can be copied by descriptors."""
-    return x if all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2]) and x.data_ptr() % 16 == 0 else x.contiguous()
-
-
 def _parts(pack: _Pack, tiles: int, size: int) -> int:
     """Runs of queries that the compressed keys' gradients are summed over apart: so short that their rows stay in the cache while all
     keys pass over them, so few that the parts, of `size` bytes each, fit in a gigabyte."""
@@ -320,13 +315,13 @@ def band_grad_kv(pack: _Pack, name: str, grad_out: Tensor, lse: Tensor, delta: T
     documents = (pack.cu_q, starts, pack.q_start, tile_starts, pack.num_docs, pack.log_scale, pack.scale, parts)
     if tile.gluon:
         hopper_banded_kv.banded_grad_kv[(tiles * parts, hkv)](
-            *(hopper_grad_kv.neighbours_descriptor(x, pack.group, tile.rows) for x in (_aligned(pack.q), grad_out)),
+            *(hopper_grad_kv.neighbours_descriptor(x, pack.group, tile.rows) for x in (pack.q if aligned(pack.q) else packed(pack.q), grad_out)),
             *(hopper.descriptor(x, 64) for x in pair), lse, delta, pack.gates, *into, num_rows, *documents,
             **pack.heads(), HKV=hkv, **pack.band(name), D=pack.q.shape[2], **_launch(tile),
         )  # fmt: skip
     else:
         q, group = pack.q, pack.group
-        boxes = group & (group - 1) == 0 and group <= tile.rows and q.stride(0) * q.element_size() % 16 == 0 and q.stride(1) * q.element_size() % 16 == 0
+        boxes = group & (group - 1) == 0 and group <= tile.rows and aligned(q)
         rows = (*token_descriptors(q, tile.rows, group), *token_descriptors(grad_out, tile.rows, group)) if boxes else (None,) * 4
         banded_grad_kv[(tiles * parts, hkv)](
             *pack.query(), *_keys_values(pair, tile.keys), grad_out, *rows, lse, delta, pack.gates, *into, num_rows, *documents, BOXES=boxes,
@@ -392,7 +387,7 @@ def selected_gradients(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tenso
     parts = [torch.empty(max(chosen.max_shared, 1), pieces * tile.keys, x.shape[2], dtype=torch.float32, device=device) for x in pack.selected]
     listed = (chosen.tokens, chosen.starts, chosen.segments, chosen.shared)
     documents = (pack.cu_q, pack.cu_k, pack.q_start, pack.plan.blocks, pack.num_docs, num_blocks, segment)
-    heads = _stored_heads(pack, blocks)
+    heads, q = _stored_heads(pack, blocks), packed(pack.q) if tile.gluon else pack.q
     scores = pack.q.new_empty(heads * blocks.shape[0] * blocks.shape[2], config.select_block, pack.group)
     union = _union(pack, blocks, pack.plan.rows_stored_q, pack.tiles.stored_q, chosen.places) if heads else None
     for head in range(0, hkv, heads or hkv):
@@ -401,7 +396,7 @@ def selected_gradients(pack: _Pack, blocks: Tensor, grad_out: Tensor, lse: Tenso
         grid = (chosen.max_segments // hkv * count if count < hkv else chosen.max_segments, pieces)
         if tile.gluon:
             hopper_selected_kv.selected_grad_kv[grid](
-                *(hopper_grad_kv.token_descriptor(x, pack.group) for x in (pack.q.contiguous(), grad_out)),
+                *(hopper_grad_kv.token_descriptor(x, pack.group) for x in (q, grad_out)),
                 *(hopper.descriptor(x, 64) for x in pack.selected), *listed, lse, delta, pack.gates, *grads, *parts, scores,
                 *documents, *owners, pack.q.shape[0], pack.log_scale, pack.scale,
                 **pack.heads(), HKV=hkv, SELECT=config.select_block, D=pack.q.shape[2], **_launch(tile), STORE=heads > 0,

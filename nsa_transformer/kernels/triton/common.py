@@ -22,10 +22,19 @@ def split_width(width: int) -> tuple[int, int]:
     return first, width - first
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether x [S, H, D] or a matrix begins, and each of its rows but the last axis, at multiples of 16 bytes, as descriptors need it."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+
+
+def packed(x: Tensor) -> Tensor:
+    """x contiguous and aligned; copied where it is not so. (`contiguous` would hand back a contiguous view at an odd offset.)"""
+    return x if x.is_contiguous() and aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def by_rows(x: Tensor) -> Tensor:
     """x [S, H, D] with its heads side by side in memory, as a tile descriptor needs it; copied where it is not so."""
-    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) >= x.stride(1) * x.shape[1] and aligned else x.contiguous()
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) >= x.stride(1) * x.shape[1] and aligned(x) else packed(x)
 
 
 def descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:

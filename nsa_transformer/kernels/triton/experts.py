@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa_transformer.kernels.triton.common import add_dot, find_document, precision
+from nsa_transformer.kernels.triton.common import add_dot, find_document, packed, precision
+
+# Grids of products over rows have one axis, column tiles fastest: the second axis of a grid ends at 65,535.
 
 
 @triton.jit
@@ -38,14 +40,15 @@ def experts_up(
     SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """activation [R, I] = silu(gate) * up, gate and up [M, N] from x [T, H] and w13 [E * 2I, H]; with SAVE, hidden [R, 2I] holds both."""
-    tile = tl.program_id(1)
+    columns: tl.constexpr = (WIDTH + N - 1) // N
+    tile = tl.program_id(0) // columns
     if tile >= tl.load(tiles + E):
         return
     expert, first, end = _row_tile(tiles, offsets, tile, M, E)
     row = first + tl.arange(0, M)
     inside = row < end
     token = tl.load(order + row, mask=inside, other=0) // K
-    column = tl.program_id(0) * N
+    column = tl.program_id(0) % columns * N
     at = expert * (2 * WIDTH) + column
     depth = tl.arange(0, DEPTH)
     rows = x + token.to(tl.int64)[:, None] * H
@@ -76,17 +79,20 @@ def experts_product(
     TRANSPOSED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[order[r]] [B] = left[r] [A] times the matrix of the row's expert, [A, B], or [B, A] where TRANSPOSED; both through descriptors."""
-    tile = tl.program_id(1)
+    columns: tl.constexpr = (B + N - 1) // N
+    tile = tl.program_id(0) // columns
     if tile >= tl.load(tiles + E):
         return
     expert, first, end = _row_tile(tiles, offsets, tile, M, E)
     row = first + tl.arange(0, M)
     inside = row < end
-    column = tl.program_id(0) * N
+    column = tl.program_id(0) % columns * N
     total = tl.zeros([M, N], tl.float32)
     for k in tl.range(0, A, DEPTH, num_stages=STAGES):
         a = left.load([first, k])
         b = tl.trans(right.load([expert * B + column, k])) if TRANSPOSED else right.load([expert * A + k, column])
+        if A % DEPTH != 0 and not TRANSPOSED:  # the next expert's matrix follows, and may hold what makes NaN of 0
+            b = tl.where((k + tl.arange(0, DEPTH) < A)[:, None], b, 0.0)
         total = add_dot(a, b, total, PRECISION)
     place = tl.load(order + row, mask=inside, other=0)
     to = column + tl.arange(0, N)
@@ -141,20 +147,24 @@ def experts_down_backward(
 ):  # fmt: skip
     """From grad [T, H] and w2 [E * H, I]: grad_hidden [R, 2I]; weighted [R, I], the activation times its routing weight; and partial [I / N, R], what these
     columns give to the weight's gradient, <w2^T dy, a>, so that the second product's output need not be kept."""
-    tile = tl.program_id(1)
+    columns: tl.constexpr = (WIDTH + N - 1) // N
+    tile = tl.program_id(0) // columns
     if tile >= tl.load(tiles + E):
         return
     expert, first, end = _row_tile(tiles, offsets, tile, M, E)
     row = first + tl.arange(0, M)
     inside = row < end
     place = tl.load(order + row, mask=inside, other=0)
-    column = tl.program_id(0) * N
+    column = tl.program_id(0) % columns * N
     depth = tl.arange(0, DEPTH)
     rows = grad + (place // K).to(tl.int64)[:, None] * H
     back = tl.zeros([M, N], tl.float32)
     for k in tl.range(0, H, DEPTH, num_stages=STAGES):
         a = tl.load(rows + (k + depth)[None, :], mask=inside[:, None] & (k + depth < H)[None, :], other=0.0)
-        back = add_dot(a, w2.load([expert * H + k, column]), back, PRECISION)
+        b = w2.load([expert * H + k, column])
+        if H % DEPTH != 0:
+            b = tl.where((k + depth < H)[:, None], b, 0.0)
+        back = add_dot(a, b, back, PRECISION)
     weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
     # By quarters: each of the epilogue's six tiles would be as many registers as the sum.
     left, right = _halves(back)
@@ -165,7 +175,7 @@ def experts_down_backward(
     total += _swiglu_backward(second_quarter, row, inside, column + W, hidden, weight, grad_hidden, weighted, WIDTH, W)
     total += _swiglu_backward(third_quarter, row, inside, column + 2 * W, hidden, weight, grad_hidden, weighted, WIDTH, W)
     total += _swiglu_backward(fourth_quarter, row, inside, column + 3 * W, hidden, weight, grad_hidden, weighted, WIDTH, W)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * num_rows + row, total, mask=inside)
+    tl.store(partial + (tl.program_id(0) % columns).to(tl.int64) * num_rows + row, total, mask=inside)
 
 
 @triton.jit(repr=lambda _: "experts_weight_sums", do_not_specialize=["num_rows"])
@@ -179,13 +189,29 @@ def experts_weight_sums(partial, order, grad_weights, num_rows, PARTS: tl.conste
     tl.store(grad_weights + tl.load(order + row, mask=inside, other=0), total.to(grad_weights.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _outer_step(total, r, end, sorted_rows, at, gathered, order, wide, K: tl.constexpr, LENGTH: tl.constexpr, GATHERED_FIRST: tl.constexpr, LAST: tl.constexpr,
+                DEPTH: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """total + left^T right over DEPTH rows; where they are the LAST ones, those past `end` are another expert's and left out."""
+    row = r + tl.arange(0, DEPTH)
+    inside = row < end
+    token = tl.load(order + row, mask=inside, other=0) // K
+    some = tl.load(gathered + token.to(tl.int64)[:, None] * LENGTH + wide[None, :], mask=inside[:, None] & (wide < LENGTH)[None, :], other=0.0)
+    others = sorted_rows.load([r, at])
+    if LAST:
+        others = tl.where(inside[:, None], others, 0.0)
+    left = some if GATHERED_FIRST else others
+    right = others if GATHERED_FIRST else some
+    return add_dot(tl.trans(left), right, total, PRECISION)
+
+
 @triton.jit(repr=lambda _: "experts_outer")
 def experts_outer(
     sorted_rows, gathered, order, offsets, out, K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, GATHERED_FIRST: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [E, A, B]: of each expert the sum over its rows of left^T right, 0 for an expert without rows. One side is in the rows' order, through a descriptor;
-    the other, GATHERED_FIRST: the left one, is a token's row of `gathered`, 0 past the expert's rows."""
+    the other, GATHERED_FIRST: the left one, is a token's row of `gathered`."""
     expert = tl.program_id(1)
     across = tl.cdiv(B, N)
     at_a = tl.program_id(0) // across * M
@@ -195,16 +221,13 @@ def experts_outer(
     WIDE: tl.constexpr = M if GATHERED_FIRST else N
     LENGTH: tl.constexpr = A if GATHERED_FIRST else B
     wide = (at_a if GATHERED_FIRST else at_b) + tl.arange(0, WIDE)
-    depth = tl.arange(0, DEPTH)
+    at = at_b if GATHERED_FIRST else at_a
     total = tl.zeros([M, N], tl.float32)
-    for r in tl.range(begin, end, DEPTH, num_stages=STAGES):
-        inside = r + depth < end
-        token = tl.load(order + r + depth, mask=inside, other=0) // K
-        some = tl.load(gathered + token.to(tl.int64)[:, None] * LENGTH + wide[None, :], mask=inside[:, None] & (wide < LENGTH)[None, :], other=0.0)
-        if GATHERED_FIRST:
-            total = add_dot(tl.trans(some), sorted_rows.load([r, at_b]), total, PRECISION)
-        else:
-            total = add_dot(tl.trans(sorted_rows.load([r, at_a])), some, total, PRECISION)
+    whole = begin + (end - begin) // DEPTH * DEPTH
+    for r in tl.range(begin, whole, DEPTH, num_stages=STAGES):
+        total = _outer_step(total, r, end, sorted_rows, at, gathered, order, wide, K, LENGTH, GATHERED_FIRST, 0, DEPTH, PRECISION)
+    if whole < end:
+        total = _outer_step(total, whole, end, sorted_rows, at, gathered, order, wide, K, LENGTH, GATHERED_FIRST, 1, DEPTH, PRECISION)
     row = at_a + tl.arange(0, M)
     column = at_b + tl.arange(0, N)
     to = (expert.to(tl.int64) * A + row)[:, None] * B + column[None, :]
@@ -270,7 +293,7 @@ def _sum(rows: Tensor, weights: Tensor | None, like: Tensor, top_k: int) -> Tens
 
 def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """y [T, H], and with `save` the pre-activations [R, 2I] in the rows' order, else empty."""
-    x, weights, w13, w2 = (t.contiguous() for t in (x, weights, w13, w2))
+    x, weights, w13, w2 = (packed(t) for t in (x, weights, w13, w2))
     hidden_size, (num, width) = x.shape[1], (w13.shape[0], w2.shape[2])
     top_k, rows = indices.shape[1], indices.numel()
     hidden = x.new_empty(rows if save else 0, 2 * width)
@@ -281,11 +304,11 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     routed = (routing.order, routing.offsets, routing.tiles)
     shared = {"E": num, "M": tile.rows, "N": tile.columns, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **_launch(tile)}
     activation = x.new_empty(rows, width)
-    experts_up[(triton.cdiv(width, tile.columns), routing.max_tiles)](
+    experts_up[(triton.cdiv(width, tile.columns) * routing.max_tiles,)](
         x, _descriptor(w13, tile.columns, tile.depth), *routed, hidden, activation, K=top_k, H=hidden_size, WIDTH=width, SAVE=save, **shared
     )
     y = x.new_empty(rows, hidden_size)
-    experts_product[(triton.cdiv(hidden_size, tile.columns), routing.max_tiles)](
+    experts_product[(triton.cdiv(hidden_size, tile.columns) * routing.max_tiles,)](
         _descriptor(activation, tile.rows, tile.depth), _descriptor(w2, tile.columns, tile.depth), *routed, y, A=width, B=hidden_size, TRANSPOSED=True, **shared
     )
     return _sum(y, weights, x, top_k), hidden
@@ -293,7 +316,7 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
 
 def backward(grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, w13 and w2."""
-    grad, x, w13, w2 = (t.contiguous() for t in (grad, x, w13, w2))
+    grad, x, w13, w2 = (packed(t) for t in (grad, x, w13, w2))
     hidden_size, (num, width) = x.shape[1], (w13.shape[0], w2.shape[2])
     top_k, rows = indices.shape[1], indices.numel()
     grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device=x.device)
@@ -306,13 +329,13 @@ def backward(grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, w13: Ten
     parts = triton.cdiv(width, tile.columns)
     grad_hidden, weighted = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
     partial = torch.empty(parts, rows, dtype=torch.float32, device=x.device)
-    experts_down_backward[(parts, routing.max_tiles)](
+    experts_down_backward[(parts * routing.max_tiles,)](
         grad, _descriptor(w2, tile.depth, tile.columns), hidden, weights.contiguous(), *routed, grad_hidden, weighted, partial, rows,
         K=top_k, H=hidden_size, WIDTH=width, **shared,
     )  # fmt: skip
     experts_weight_sums[(triton.cdiv(rows, 256),)](partial, routing.order, grad_weights, rows, parts, 256)
     grad_rows = x.new_empty(rows, hidden_size)
-    experts_product[(triton.cdiv(hidden_size, tile.columns), routing.max_tiles)](
+    experts_product[(triton.cdiv(hidden_size, tile.columns) * routing.max_tiles,)](
         _descriptor(grad_hidden, tile.rows, tile.depth), _descriptor(w13, tile.depth, tile.columns), *routed, grad_rows,
         A=2 * width, B=hidden_size, TRANSPOSED=False, **shared,
     )  # fmt: skip
