@@ -43,6 +43,7 @@ class RouterStatistics:
 def load_statistics(load: Tensor) -> dict[str, float | int]:
     """What a metrics row says of the visits to each expert, int64 [MoE layers, E], of a step: of the least balanced layer the busiest expert over the mean, and
     the entropy of the shares over that of even ones (1: even, 0: one expert has all); and how many experts of all layers nobody visited."""
+    load = load.cpu()  # one wait for the device, not one for each number
     total = load.sum(-1, keepdim=True)
     share = load.double() / total.clamp(min=1)
     entropy = -(share * share.clamp(min=1e-300).log()).sum(-1) / math.log(max(load.shape[-1], 2))

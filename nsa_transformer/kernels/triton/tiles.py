@@ -54,8 +54,8 @@ def choose_tiles(width: int, width_v: int, itemsize: int, group: int, select: in
     if widest <= 128:
         gluon = Tile(192, 64, 4, 5, gluon=True) if capability == (9, 0) and width == width_v else None
         gluon_q = Tile(128, 64, 4, 5, gluon=True) if gluon else None
-        band_kv = Tile(64, 128, 4, 4, gluon=True) if gluon and group in (1, 2, 4, 8, 16, 32) else Tile(32, 64, 4, 3)
-        boxes = gluon is not None and group in (16, 32)  # a token's rows are a box, and with 8 of them four copies a tile cost more than they save
+        band_kv = Tile(64, 128, 4, 4, gluon=True) if gluon and group in (4, 16) else Tile(32, 64, 4, 3)  # others have not run on a GPU
+        boxes = gluon is not None and group == 16  # a token's rows are a box; 32 have not run on a GPU
         tokens = -(-192 // group)  # lists of a tile's blocks hold at most 64
         return Tiles(
             band=gluon or (Tile(128, 64, 4, 2) if capability >= (9, 0) else Tile(64, 64, 4, 2)),
