@@ -28,7 +28,8 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
         indices: int64 or int32 `[T, K]`, experts of each token, in `0 … E - 1` (checked on CPU tensors).
         weights: `[T, K]`, x's dtype or float32.
         w13: `[E, 2I, H]`, gate rows first, then up. w2: `[E, H, I]`. Both in x's dtype.
-        backend: `auto` (`torch`), `torch`, `triton` (on an NVIDIA GPU, or under TRITON_INTERPRET; bf16, fp16, fp32) or `reference`.
+        backend: `auto` (`triton` for bf16 and fp16 on an NVIDIA GPU wherever its kernels take the inputs, else `torch`), `torch`, `triton` (also fp32, and on
+            CPU tensors under TRITON_INTERPRET) or `reference`.
 
     Returns:
         `[T, H]` in x's dtype; rows are summed in float32 (float64 for float64 inputs).
@@ -39,6 +40,10 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     if backend not in ("auto", *EXPERT_BACKENDS):
         raise ValueError(f"backend={backend!r} is not available here; write one of auto, {', '.join(EXPERT_BACKENDS)}")
     _check(x, indices, weights, w13, w2)
+    if backend == "auto":
+        # float32 products run on the ordinary cores, where cuBLAS is faster than our tiles.
+        fast = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and _kernels_refuse(x, w2) is None
+        backend = "triton" if fast else "torch"
     if backend == "triton":
         refusal = _kernels_refuse(x, w2)
         if refusal is not None:
@@ -139,42 +144,45 @@ def _kernels_refuse(x: Tensor, w2: Tensor) -> str | None:
 
 
 @torch.library.custom_op("nsa_transformer::experts_triton", mutates_args=())
-def _triton(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """The output [T, H]; with `save` the pre-activations [R, 2I] in expert order, else none."""
+def _triton(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output [T, H]; with `save` the pre-activations [R, 2I] in expert order, else none; the routing: order int64 [R], offsets int32 [E + 1]."""
     from nsa_transformer.kernels.triton import experts as kernels
 
     _check_values(indices, w13.shape[0])
     with torch.cuda.device_of(x):
-        return kernels.forward(x, indices, weights, w13, w2, save)
+        out, hidden, routing = kernels.forward(x, indices, weights, w13, w2, save)
+    return out, hidden, routing.order, routing.offsets
 
 
 @_triton.register_fake
 def _(x, indices, weights, w13, w2, save):
-    return x.new_empty(x.shape), x.new_empty(indices.numel() if save else 0, w13.shape[1])
+    order, offsets = (indices.new_empty(size, dtype=dtype) for size, dtype in ((indices.numel(), torch.int64), (w13.shape[0] + 1, torch.int32)))
+    return x.new_empty(x.shape), x.new_empty(indices.numel() if save else 0, w13.shape[1]), order, offsets
 
 
 @torch.library.custom_op("nsa_transformer::experts_triton_backward", mutates_args=())
 def _triton_backward(
-    grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, hidden: Tensor
+    grad: Tensor, x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, hidden: Tensor, order: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from nsa_transformer.kernels.triton import experts as kernels
 
     with torch.cuda.device_of(x):
-        return kernels.backward(grad, x, indices, weights, w13, w2, hidden)
+        return kernels.backward(grad, x, weights, w13, w2, hidden, order, offsets)
 
 
 @_triton_backward.register_fake
-def _(grad, x, indices, weights, w13, w2, hidden):
+def _(grad, x, weights, w13, w2, hidden, order, offsets):
     return tuple(t.new_empty(t.shape) for t in (x, weights, w13, w2))
 
 
-def _save_for_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.save = inputs
-    ctx.save_for_backward(*tensors, output[1])
+def _save_for_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, weights, w13, w2, ctx.save = inputs
+    ctx.save_for_backward(x, weights, w13, w2, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # or `hidden` would get a gradient of zeros as large as itself
 
 
-def _backward_triton(ctx: Any, grad: Tensor | None, _grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_triton(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
     assert ctx.save, "the forward ran without gradients"

@@ -53,8 +53,8 @@ def experts(hidden_size: int, width: int, num: int, top_k: int, tokens: int, dty
     x, indices = torch.empty(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
     weights = torch.empty(tokens, top_k)
     w13, w2 = torch.empty(num, 2 * width, hidden_size, dtype=dtype), torch.empty(num, hidden_size, width, dtype=dtype)
-    y, hidden = kernels.forward(x, indices, weights, w13, w2, True)
-    kernels.backward(y, x, indices, weights, w13, w2, hidden)
+    y, hidden, routing = kernels.forward(x, indices, weights, w13, w2, True)
+    kernels.backward(y, x, weights, w13, w2, hidden, routing.order, routing.offsets)
 
 
 def cases() -> list[Case]:
@@ -66,7 +66,9 @@ def cases() -> list[Case]:
         Case("bf16 256 G8", partial(attention, 256, 256, 8, half), slow=True),
         Case("bf16 128 G4, blocks of 128", partial(attention, 128, 128, 4, half, NSAConfig(select_block=128)), slow=True),
         Case("f32 128 G16", partial(attention, 128, 128, 16, full), slow=True),
-        Case("experts bf16, 256 rows each", partial(experts, 256, 128, 8, 2, 1024, half)),
+        Case("experts bf16, 1024 rows each", partial(experts, 256, 128, 4, 2, 2048, half)),
+        Case("experts bf16, 256 rows each", partial(experts, 256, 128, 8, 2, 1024, half), slow=True),
+        Case("experts bf16, 64 rows each", partial(experts, 256, 128, 16, 2, 512, half), slow=True),
         Case("experts bf16, few rows each", partial(experts, 256, 128, 64, 2, 128, half), slow=True),
         Case("experts f32", partial(experts, 256, 128, 8, 2, 256, full), slow=True),
         Case("phi bf16 128", partial(compression, 128, 128, half)),

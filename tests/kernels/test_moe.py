@@ -156,7 +156,7 @@ def test_two_runs_are_the_same_bits(dtype: torch.dtype):
         assert torch.equal(a, b), name
 
 
-def test_auto_is_torch():
+def test_auto_on_a_cpu_is_torch():
     case = make(dtype=torch.float32)
     assert torch.equal(answer(case, experts)["out"], answer(case, experts, backend="torch")["out"])
 

@@ -102,8 +102,8 @@ def test_two_runs_are_the_same_bits() -> None:
 def test_nothing_is_kept_without_gradients() -> None:
     case = make(dtype=torch.float32, **SMALL)
     x, indices, weights, w13, w2 = (case[name].cuda() if ON_GPU else case[name] for name in ("x", "indices", "weights", "w13", "w2"))
-    y, hidden = torch.ops.nsa_transformer.experts_triton(x, indices, weights, w13, w2, False)
-    _, kept = torch.ops.nsa_transformer.experts_triton(x, indices, weights, w13, w2, True)
+    y, hidden, *_ = torch.ops.nsa_transformer.experts_triton(x, indices, weights, w13, w2, False)
+    _, kept, *_ = torch.ops.nsa_transformer.experts_triton(x, indices, weights, w13, w2, True)
     assert hidden.numel() == 0 and kept.shape == (indices.numel(), w13.shape[1])
     assert torch.equal(y, experts(x, indices, weights, w13, w2, backend="triton"))
 
@@ -131,3 +131,21 @@ def test_what_the_kernels_do_not_take() -> None:
 @pytest.mark.parametrize("shape", [{}, {"tokens": 5000}, {"tokens": 3, "num": 64, "top_k": 6}], ids=str)
 def test_bf16(routing: str, shape: dict[str, int]) -> None:
     check(make(routing, torch.bfloat16, **{"tokens": 700, "hidden": 192, "width": 136} | shape))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "width", "chosen"),
+    [(torch.bfloat16, 16, "triton"), (torch.float16, 16, "triton"), (torch.bfloat16, 12, "torch"), (torch.float32, 16, "torch")],
+    ids=str,
+)
+def test_what_auto_picks(dtype: torch.dtype, width: int, chosen: str) -> None:
+    case = {name: x.cuda() for name, x in make(dtype=dtype, **SMALL | {"width": width}).items()}
+    for name, value in answer(case, experts).items():
+        assert torch.equal(value, answer(case, experts, backend=chosen)[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows_per_expert", [2, 40, 200, 1100])
+def test_every_choice_of_tiles(rows_per_expert: int) -> None:
+    check(make("random", torch.bfloat16, tokens=rows_per_expert * 2, hidden=264, width=200, num=4, top_k=2))
