@@ -1,8 +1,8 @@
 """`experts`: a mixture of SwiGLU experts over routed tokens, without dropping any.
 
 Backends: `reference`, a loop over experts in plain autograd (float64-capable, judges the others); `torch`, grouped matrix products; and `triton`, kernels
-with gather and SwiGLU in the products (`kernels/triton/experts.py`). The latter two have a backward of their own that saves only the input, the
-pre-activations and the routing.
+with gather and SwiGLU in the products (`kernels/triton/experts.py`), and others for the few rows of decoding, without gradients
+(`kernels/triton/experts_decode.py`). The latter two have a backward of their own that saves only the input, the pre-activations and the routing.
 
 Shape letters: T tokens, K experts per token, R = T * K routed rows sorted by expert, E experts, I expert width, H hidden width.
 """
@@ -142,9 +142,12 @@ def _kernels_refuse(x: Tensor, w2: Tensor) -> str | None:
 def _triton(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """The output [T, H]; with `save` the pre-activations [R, 2I] in expert order, else none."""
     from nsa_transformer.kernels.triton import experts as kernels
+    from nsa_transformer.kernels.triton import experts_decode
 
     _check_values(indices, w13.shape[0])
     with torch.cuda.device_of(x):
+        if not save and indices.numel() <= experts_decode.MAX_ROWS:
+            return experts_decode.forward(x, indices, weights, w13, w2), x.new_empty(0, w13.shape[1])
         return kernels.forward(x, indices, weights, w13, w2, save)
 
 

@@ -57,6 +57,17 @@ def experts(hidden_size: int, width: int, num: int, top_k: int, tokens: int, dty
     kernels.backward(y, x, indices, weights, w13, w2, hidden)
 
 
+def experts_decode(dtype: torch.dtype) -> None:
+    """Few rows, of one token and of many, with the experts in slots and without; widths as in Qwen3-30B-A3B."""
+    from nsa_transformer.kernels.triton import experts_decode as kernels
+
+    hidden_size, width, num, top_k = 2048, 768, 16, 8
+    w13, w2 = torch.empty(num, 2 * width, hidden_size, dtype=dtype), torch.empty(num, hidden_size, width, dtype=dtype)
+    for tokens, table in ((1, torch.zeros(num, dtype=torch.int32)), (1, None), (24, None), (64, None)):
+        x, indices = torch.empty(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
+        kernels.forward(x, indices, torch.empty(tokens, top_k), w13, w2, table)
+
+
 def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
@@ -69,6 +80,8 @@ def cases() -> list[Case]:
         Case("experts bf16, 256 rows each", partial(experts, 256, 128, 8, 2, 1024, half)),
         Case("experts bf16, few rows each", partial(experts, 256, 128, 64, 2, 128, half), slow=True),
         Case("experts f32", partial(experts, 256, 128, 8, 2, 256, full), slow=True),
+        Case("experts decode bf16", partial(experts_decode, half)),
+        Case("experts decode f32", partial(experts_decode, full), slow=True),
         Case("phi bf16 128", partial(compression, 128, 128, half)),
         Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),
         Case("phi f32 256, one head", partial(compression, 256, 256, full, NSAConfig(64, 64, 64), 1), slow=True),

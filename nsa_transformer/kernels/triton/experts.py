@@ -29,7 +29,7 @@ def _row_tile(tiles, offsets, tile, M: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def _silu(x):
+def silu(x):
     return x / (1.0 + tl.exp2(x * -1.4426950408889634))
 
 
@@ -69,7 +69,7 @@ def experts_up(
         tl.store(saved, gate, mask=mask)
         tl.store(saved + WIDTH, up, mask=mask)
     # From the rounded values, as the backward has them.
-    value = _silu(gate.to(tl.float32)) * up.to(tl.float32)
+    value = silu(gate.to(tl.float32)) * up.to(tl.float32)
     tl.store(activation + row.to(tl.int64)[:, None] * WIDTH + to[None, :], value.to(dtype), mask=mask)
 
 
@@ -278,11 +278,11 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [rows, columns])
 
 
-def _launch(tile: Tile) -> dict[str, int]:
+def launch_options(tile: Tile) -> dict[str, int]:
     return {"num_warps": tile.warps, "STAGES": tile.stages}
 
 
-def _sum(rows: Tensor, weights: Tensor | None, like: Tensor, top_k: int) -> Tensor:
+def sum_rows(rows: Tensor, weights: Tensor | None, like: Tensor, top_k: int) -> Tensor:
     tokens, width = like.shape
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     columns = min(512, max(16, triton.next_power_of_2(width)))
@@ -302,7 +302,7 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     tile, _ = _tiles(x.dtype, rows // num)
     routing = make_routing(indices, num, tile.rows)
     routed = (routing.order, routing.offsets, routing.tiles)
-    shared = {"E": num, "M": tile.rows, "N": tile.columns, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **_launch(tile)}
+    shared = {"E": num, "M": tile.rows, "N": tile.columns, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **launch_options(tile)}
     activation = x.new_empty(rows, width)
     experts_up[(triton.cdiv(width, tile.columns) * routing.max_tiles,)](
         x, _descriptor(w13, tile.columns, tile.depth), *routed, hidden, activation, K=top_k, H=hidden_size, WIDTH=width, SAVE=save, **shared
@@ -311,7 +311,7 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     experts_product[(triton.cdiv(hidden_size, tile.columns) * routing.max_tiles,)](
         _descriptor(activation, tile.rows, tile.depth), _descriptor(w2, tile.columns, tile.depth), *routed, y, A=width, B=hidden_size, TRANSPOSED=True, **shared
     )
-    return _sum(y, weights, x, top_k), hidden
+    return sum_rows(y, weights, x, top_k), hidden
 
 
 def backward(grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -325,7 +325,7 @@ def backward(grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, w13: Ten
     tile, outer = _tiles(x.dtype, rows // num)
     routing = make_routing(indices, num, tile.rows)
     routed = (routing.order, routing.offsets, routing.tiles)
-    shared = {"E": num, "M": tile.rows, "N": tile.columns, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **_launch(tile)}
+    shared = {"E": num, "M": tile.rows, "N": tile.columns, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **launch_options(tile)}
     parts = triton.cdiv(width, tile.columns)
     grad_hidden, weighted = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
     partial = torch.empty(parts, rows, dtype=torch.float32, device=x.device)
@@ -339,13 +339,13 @@ def backward(grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, w13: Ten
         _descriptor(grad_hidden, tile.rows, tile.depth), _descriptor(w13, tile.depth, tile.columns), *routed, grad_rows,
         A=2 * width, B=hidden_size, TRANSPOSED=False, **shared,
     )  # fmt: skip
-    grad_x = _sum(grad_rows, None, x, top_k)
+    grad_x = sum_rows(grad_rows, None, x, top_k)
     grads = []
     for sorted_rows, gathered, like, first in ((grad_hidden, x, w13, False), (weighted, grad, w2, True)):
         grads.append(torch.empty_like(like))
         a, b = like.shape[1:]
         experts_outer[(triton.cdiv(a, outer.rows) * triton.cdiv(b, outer.columns), num)](
             _descriptor(sorted_rows, outer.depth, outer.columns if first else outer.rows), gathered, routing.order, routing.offsets, grads[-1],
-            K=top_k, A=a, B=b, GATHERED_FIRST=first, M=outer.rows, N=outer.columns, DEPTH=outer.depth, PRECISION=precision(x.dtype), **_launch(outer),
+            K=top_k, A=a, B=b, GATHERED_FIRST=first, M=outer.rows, N=outer.columns, DEPTH=outer.depth, PRECISION=precision(x.dtype), **launch_options(outer),
         )  # fmt: skip
     return grad_x, grad_weights, grads[0], grads[1]
