@@ -68,6 +68,18 @@ def experts_decode(dtype: torch.dtype) -> None:
         kernels.forward(x, indices, torch.empty(tokens, top_k), w13, w2, table)
 
 
+def expert_slots(num: int = 128, slots: int = 46, words: int = 3 * 768 * 2048 // 2) -> None:
+    """Plan of both policies and of a guess, copies of missing experts, and of neighbouring ones."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    state = kernels.Slots.empty(1, num, slots, torch.device("cpu")).layer(0)
+    host, pool = torch.empty(num, words, dtype=torch.int32), torch.empty(slots, words, dtype=torch.int32)
+    for policy, demand in (("lru", True), ("frequency", True), ("lru", False)):
+        kernels.plan(torch.zeros(1, 8, dtype=torch.int64), state, policy, demand)
+    kernels.fetch(host, pool, state)
+    kernels.stream(host, pool, state, 0, torch.empty(7, words // 3 * 2, dtype=torch.int32), torch.empty(7, words // 3, dtype=torch.int32))
+
+
 def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
@@ -82,6 +94,7 @@ def cases() -> list[Case]:
         Case("experts f32", partial(experts, 256, 128, 8, 2, 256, full), slow=True),
         Case("experts decode bf16", partial(experts_decode, half)),
         Case("experts decode f32", partial(experts_decode, full), slow=True),
+        Case("expert slots", expert_slots),
         Case("phi bf16 128", partial(compression, 128, 128, half)),
         Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),
         Case("phi f32 256, one head", partial(compression, 256, 256, full, NSAConfig(64, 64, 64), 1), slow=True),
