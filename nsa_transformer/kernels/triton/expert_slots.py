@@ -79,7 +79,6 @@ def slots_plan(
     rank = tl.load(priority + e, mask=e < E, other=0)
     if DEMAND:
         now = tl.load(clock) + 1
-        tl.store(clock, now)
         if FREQUENCY:
             rank = tl.where(now % HALVING == 0, rank // 2, rank) + needed * USE
         else:
@@ -88,6 +87,7 @@ def slots_plan(
         tl.store(counts, tl.load(counts) + (tl.sum(needed, 0) - count))
         tl.store(counts + 1, tl.load(counts + 1) + count)
         tl.debug_barrier()
+        tl.store(clock, now)  # after the barrier: by now every thread has read it
     else:
         tl.store(counts + 2, tl.load(counts + 2) + count)
     holds = tl.load(owner + s, mask=s < S, other=-1)
