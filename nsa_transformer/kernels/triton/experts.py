@@ -8,6 +8,7 @@ Shape letters: M rows of a tile, N columns, DEPTH of the sum at a step; H hidden
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -252,7 +253,16 @@ class Routing:
     order: Tensor
     offsets: Tensor
     tiles: Tensor
-    max_tiles: int
+    tile_rows: int
+
+    def max_tiles(self, rows: int, experts: int) -> int:
+        """As many tiles as `rows` rows of `experts` experts can fill."""
+        return rows // self.tile_rows + min(experts, rows)
+
+    def part(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """offsets and tiles of some neighbouring experts."""
+        tiles = self.tiles[first : first + count + 1]
+        return self.offsets[first : first + count + 1], tiles - tiles[0] if first else tiles
 
 
 def make_routing(indices: Tensor, num_experts: int, rows: int) -> Routing:
@@ -261,7 +271,7 @@ def make_routing(indices: Tensor, num_experts: int, rows: int) -> Routing:
     offsets = torch.searchsorted(expert, torch.arange(num_experts + 1, dtype=expert.dtype, device=flat.device), out_int32=True)
     counts = (offsets.diff() + (rows - 1)) // rows
     tiles = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
-    return Routing(order.to(torch.int32), offsets, tiles, flat.numel() // rows + min(num_experts, flat.numel()))
+    return Routing(order.to(torch.int32), offsets, tiles, rows)
 
 
 def _tiles(dtype: torch.dtype, rows_per_expert: int) -> tuple[Tile, Tile]:
@@ -293,24 +303,34 @@ def sum_rows(rows: Tensor, weights: Tensor | None, like: Tensor, top_k: int) -> 
 
 def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """y [T, H], and with `save` the pre-activations [R, 2I] in the rows' order, else empty."""
-    x, weights, w13, w2 = (packed(t) for t in (x, weights, w13, w2))
-    hidden_size, (num, width) = x.shape[1], (w13.shape[0], w2.shape[2])
-    top_k, rows = indices.shape[1], indices.numel()
+    return forward_in_parts(x, indices, weights, w13.shape[0], w2.shape[2], [(0, w13, w2)], save)
+
+
+def forward_in_parts(
+    x: Tensor, indices: Tensor, weights: Tensor, num: int, width: int, parts: Iterable[tuple[int, Tensor, Tensor]], save: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `forward`, with the `num` experts a few at a time: (first, w13 [C, 2I, H], w2 [C, H, I]), neighbours that together are all. The same bits however
+    they are cut. The next part is asked for once the kernels that read the last one are launched."""
+    x, weights = packed(x), packed(weights)
+    hidden_size, top_k, rows = x.shape[1], indices.shape[1], indices.numel()
     hidden = x.new_empty(rows if save else 0, 2 * width)
     if rows == 0:
         return torch.zeros_like(x), hidden
     tile, _ = _tiles(x.dtype, rows // num)
     routing = make_routing(indices, num, tile.rows)
-    routed = (routing.order, routing.offsets, routing.tiles)
-    shared = {"E": num, "M": tile.rows, "N": tile.columns, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **launch_options(tile)}
-    activation = x.new_empty(rows, width)
-    experts_up[(triton.cdiv(width, tile.columns) * routing.max_tiles,)](
-        x, _descriptor(w13, tile.columns, tile.depth), *routed, hidden, activation, K=top_k, H=hidden_size, WIDTH=width, SAVE=save, **shared
-    )
-    y = x.new_empty(rows, hidden_size)
-    experts_product[(triton.cdiv(hidden_size, tile.columns) * routing.max_tiles,)](
-        _descriptor(activation, tile.rows, tile.depth), _descriptor(w2, tile.columns, tile.depth), *routed, y, A=width, B=hidden_size, TRANSPOSED=True, **shared
-    )
+    activation, y = x.new_empty(rows, width), x.new_empty(rows, hidden_size)
+    for first, w13, w2 in parts:
+        w13, w2 = packed(w13), packed(w2)
+        routed = (routing.order, *routing.part(first, w13.shape[0]))
+        tiles = routing.max_tiles(rows, w13.shape[0])
+        shared = {"E": w13.shape[0], "M": tile.rows, "N": tile.columns, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **launch_options(tile)}
+        experts_up[(triton.cdiv(width, tile.columns) * tiles,)](
+            x, _descriptor(w13, tile.columns, tile.depth), *routed, hidden, activation, K=top_k, H=hidden_size, WIDTH=width, SAVE=save, **shared
+        )
+        experts_product[(triton.cdiv(hidden_size, tile.columns) * tiles,)](
+            _descriptor(activation, tile.rows, tile.depth), _descriptor(w2, tile.columns, tile.depth), *routed, y,
+            A=width, B=hidden_size, TRANSPOSED=True, **shared,
+        )  # fmt: skip
     return sum_rows(y, weights, x, top_k), hidden
 
 
@@ -329,13 +349,13 @@ def backward(grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, w13: Ten
     parts = triton.cdiv(width, tile.columns)
     grad_hidden, weighted = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
     partial = torch.empty(parts, rows, dtype=torch.float32, device=x.device)
-    experts_down_backward[(parts * routing.max_tiles,)](
+    experts_down_backward[(parts * routing.max_tiles(rows, num),)](
         grad, _descriptor(w2, tile.depth, tile.columns), hidden, weights.contiguous(), *routed, grad_hidden, weighted, partial, rows,
         K=top_k, H=hidden_size, WIDTH=width, **shared,
     )  # fmt: skip
     experts_weight_sums[(triton.cdiv(rows, 256),)](partial, routing.order, grad_weights, rows, parts, 256)
     grad_rows = x.new_empty(rows, hidden_size)
-    experts_product[(triton.cdiv(hidden_size, tile.columns) * routing.max_tiles,)](
+    experts_product[(triton.cdiv(hidden_size, tile.columns) * routing.max_tiles(rows, num),)](
         _descriptor(grad_hidden, tile.rows, tile.depth), _descriptor(w13, tile.depth, tile.columns), *routed, grad_rows,
         A=2 * width, B=hidden_size, TRANSPOSED=False, **shared,
     )  # fmt: skip
