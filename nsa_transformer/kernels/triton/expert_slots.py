@@ -19,7 +19,7 @@ from torch import Tensor
 POLICIES = ("lru", "frequency")
 HITS, MISSES, PREFETCHED, STREAMED = range(4)  # columns of Slots.counts
 USE, HALVING = 1 << 16, 64  # frequency: what a use adds to an expert's priority, and the plans after which all priorities are halved
-# Programs that copy. Each has 16 KiB under way, and some 2 us pass until the host's memory answers: 8 GB/s, of 55 or 64 that a link of PCIe 5 carries. More than
+# Programs that copy. Each has 16 KiB under way, and some 2 us pass until the host's memory answers: 8 GB/s, where a link of PCIe 5 carries 55. More than
 # enough, then, and few enough to leave the multiprocessors to whoever computes meanwhile.
 PROGRAMS, BLOCK = 32, 4096
 
@@ -79,10 +79,8 @@ def slots_plan(
     rank = tl.load(priority + e, mask=e < E, other=0)
     if DEMAND:
         now = tl.load(clock) + 1
-        if FREQUENCY:
-            rank = tl.where(now % HALVING == 0, rank // 2, rank) + needed * USE
-        else:
-            rank = tl.where(needed != 0, now, rank)
+        uses = tl.where(now % HALVING == 0, rank // 2, rank) + needed * USE
+        rank = uses if FREQUENCY else tl.where(needed != 0, now, rank)
         tl.store(priority + e, rank, mask=e < E)
         tl.store(counts, tl.load(counts) + (tl.sum(needed, 0) - count))
         tl.store(counts + 1, tl.load(counts + 1) + count)
@@ -95,7 +93,7 @@ def slots_plan(
     BUSY: tl.constexpr = 2147483647
     cost = tl.load(priority + holds, mask=holds >= 0, other=-1)
     cost = tl.where((s < S) & (tl.load(marks + holds, mask=holds >= 0, other=0) == 0), cost, BUSY)
-    for move in range(0, count):
+    for move in range(count):
         slot = tl.argmin(cost, 0)
         expert = tl.argmax(absent, 0)
         old = tl.sum(tl.where(s == slot, holds, 0), 0)
@@ -128,7 +126,7 @@ def slots_stream(host, pool, table, out, first, count, WORDS: tl.constexpr, STAR
         expert = (first + unit // blocks).to(tl.int64)
         slot = tl.load(table + expert).to(tl.int64)
         at = unit % blocks * BLOCK + tl.arange(0, BLOCK)
-        if slot >= 0:
+        if slot >= 0:  # noqa: SIM108
             value = tl.load(pool + slot * WORDS + START + at, mask=at < PART)
         else:
             value = tl.load(host + expert * WORDS + START + at, mask=at < PART)
@@ -142,7 +140,16 @@ def plan(indices: Tensor, slots: Slots, policy: str, demand: bool = True) -> Non
     assert rows <= count, f"{rows} places for {count} slots"
     padded = (max(16, triton.next_power_of_2(n)) for n in (experts, count, min(rows, 512)))
     slots_plan[(1,)](
-        indices.contiguous(), *(getattr(slots, field.name) for field in fields(slots)), rows, experts, count, *padded, policy == "frequency", demand, USE, HALVING
+        indices.contiguous(),
+        *(getattr(slots, field.name) for field in fields(slots)),
+        rows,
+        experts,
+        count,
+        *padded,
+        policy == "frequency",
+        demand,
+        USE,
+        HALVING,
     )
 
 
