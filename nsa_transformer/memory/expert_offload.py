@@ -189,32 +189,30 @@ class ExpertStore:
             return torch.zeros_like(x)
         state = self._state.layer(layer)
         expert_slots.plan(indices, state, self.config.policy)
-        if self._arena.pinned:
-            expert_slots.fetch(self._host[layer], self._pool[layer], state)
-        else:
-            self._fetch_by_host(layer, state.moves)
+        before = self._lane.mark()
+        with self._lane.beside():
+            self._lane.wait(before)  # whoever computed from a slot is done before it changes
+            if self._arena.pinned:
+                expert_slots.fetch(self._host[layer], self._pool[layer], state)
+            else:
+                self._fetch_by_host(layer, state.moves)
+            fetched = self._lane.mark()
         if self.config.prefetch and next_router is not None:
             self._prefetch(layer + 1, next_router, x)
-        return experts_decode.forward(x, indices, weights, *self._matrices(self._pool[layer]), state.table)
+        return experts_decode.forward(x, indices, weights, *self._matrices(self._pool[layer]), state, lambda: self._lane.wait(fetched))
 
     def _fetch_by_host(self, layer: int, moves: Tensor) -> None:
         """The list's copies from pageable memory: the host reads the list, and passes each expert through a staging buffer of the driver's."""
-        before = self._lane.mark()
         count, *places = moves.tolist()
-        with self._lane.beside():
-            self._lane.wait(before)  # who computes from a slot is done before it changes
-            for expert, slot in zip(places[:count], places[self.slots : self.slots + count], strict=True):
-                self._pool[layer, slot].copy_(self._host[layer, expert], non_blocking=True)
-            done = self._lane.mark()
-        self._lane.wait(done)
+        for expert, slot in zip(places[:count], places[self.slots : self.slots + count], strict=True):
+            self._pool[layer, slot].copy_(self._host[layer, expert], non_blocking=True)
 
     def _prefetch(self, layer: int, router: Router, x: Tensor) -> None:
-        """Copy what the next layer's router would choose for this layer's input, while this one computes. Only the next layer's slots change."""
+        """Copy what the next layer's router would choose for this layer's input, while this one computes and after its own copies, which have waited for x.
+        Only the next layer's slots change."""
         from nsa_transformer.kernels.triton import expert_slots
 
-        before = self._lane.mark()
         with self._lane.beside():
-            self._lane.wait(before)
             guess = router(x)[0][:, : self.config.prefetch].contiguous()
             state = self._state.layer(layer)
             expert_slots.plan(guess, state, self.config.policy, demand=False)

@@ -60,12 +60,13 @@ def experts(hidden_size: int, width: int, num: int, top_k: int, tokens: int, dty
 def experts_decode(dtype: torch.dtype) -> None:
     """Few rows, of one token and of many, with the experts in slots and without; widths as in Qwen3-30B-A3B."""
     from nsa_transformer.kernels.triton import experts_decode as kernels
+    from nsa_transformer.kernels.triton.expert_slots import Slots
 
     hidden_size, width, num, top_k = 2048, 768, 16, 8
     w13, w2 = torch.empty(num, 2 * width, hidden_size, dtype=dtype), torch.empty(num, hidden_size, width, dtype=dtype)
-    for tokens, table in ((1, torch.zeros(num, dtype=torch.int32)), (1, None), (24, None), (64, None)):
+    for tokens, slots in ((1, Slots.empty(1, num, 16, torch.device("cpu")).layer(0)), (1, None), (24, None), (64, None)):
         x, indices = torch.empty(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
-        kernels.forward(x, indices, torch.empty(tokens, top_k), w13, w2, table)
+        kernels.forward(x, indices, torch.empty(tokens, top_k), w13, w2, slots)
 
 
 def expert_slots(num: int = 128, slots: int = 46, words: int = 3 * 768 * 2048 // 2) -> None:

@@ -22,18 +22,34 @@ SMALL = {"tokens": 7, "hidden": 32, "width": 16}
 ORDER = ("x", "indices", "weights", "w13", "w2")
 
 
-def slotted(case: dict[str, Tensor], spare: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """The chosen experts' weights in slots of a pool as offloading has it, w13 before w2 in each, in no order, among NaN; and the table."""
+def in_slots(case: dict[str, Tensor], spare: int = 2) -> Tensor:
+    """The output with the chosen experts' weights in slots as offloading has it, w13 before w2 in each, in no order, among NaN. Every other one is there
+    only when it is waited for."""
+    from nsa_transformer.kernels.triton import experts_decode
+    from nsa_transformer.kernels.triton.expert_slots import AT_HAND, COPIED, Slots
+
     num, lines, hidden = case["w13"].shape
-    used = case["indices"].unique()
+    used = case["indices"].unique().tolist()
     pool = torch.full((len(used) + spare, lines * hidden + hidden * lines // 2), torch.nan, dtype=case["x"].dtype, device=case["x"].device)
-    table = torch.full((num,), -1, dtype=torch.int32, device=case["x"].device)
-    slots = torch.randperm(len(pool), generator=torch.Generator().manual_seed(1))[: len(used)]
+    slots = Slots.empty(1, num, len(pool), pool.device).layer(0)
+    places = torch.randperm(len(pool), generator=torch.Generator().manual_seed(1))[: len(used)].tolist()
     w13 = pool[:, : lines * hidden].view(-1, lines, hidden)
     w2 = pool[:, lines * hidden :].view(-1, hidden, lines // 2)
-    for expert, slot in zip(used.tolist(), slots.tolist(), strict=True):
-        w13[slot], w2[slot], table[expert] = case["w13"][expert], case["w2"][expert], slot
-    return w13, w2, table
+
+    def bring(number: int) -> None:
+        w13[places[number]], w2[places[number]] = case["w13"][used[number]], case["w2"][used[number]]
+
+    for number, (expert, place) in enumerate(zip(used, places, strict=True)):
+        slots.table[expert] = place
+        slots.marks[expert] = COPIED if number % 2 else AT_HAND
+        if number % 2 == 0:
+            bring(number)
+
+    def join() -> None:
+        for number in range(1, len(used), 2):
+            bring(number)
+
+    return experts_decode.forward(case["x"], case["indices"], case["weights"], w13, w2, slots, join)
 
 
 def check(case: dict[str, Tensor]) -> Tensor:
@@ -47,10 +63,10 @@ def check(case: dict[str, Tensor]) -> Tensor:
     x, indices, weights, w13, w2 = (case[name] for name in ORDER)
     with poisoned_memory():
         found = experts_decode.forward(x, indices, weights, w13, w2)
-        in_slots = experts_decode.forward(x, indices, weights, *slotted(case)) if len(x) else found
+        moved = in_slots(case) if len(x) else found
     assert found.dtype == plain.dtype and found.shape == exact.shape
     assert error(found, exact) <= 2 * error(plain, exact) + 1e-6
-    assert torch.equal(found, in_slots)
+    assert torch.equal(found, moved)
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 POLICIES = ("lru", "frequency")
 HITS, MISSES, PREFETCHED, STREAMED = range(4)  # columns of Slots.counts
+AT_HAND, COPIED = 1, 2  # in Slots.marks, of experts that the plan needs
 USE, HALVING = 1 << 16, 64  # frequency: what a use adds to an expert's priority, and the plans after which all priorities are halved
 # Programs that copy. Each has 16 KiB under way, and some 2 us pass until the host's memory answers: 8 GB/s, where a link of PCIe 5 carries 55. More than
 # enough, then, and few enough to leave the multiprocessors to whoever computes meanwhile.
@@ -32,7 +33,7 @@ class Slots:
     owner     int32 [layers, S]      expert of a slot, -1 where it is free
     priority  int32 [layers, E]      lru: the plan that last needed the expert; frequency: its uses, halved now and then
     clock     int32 [layers]         plans so far
-    marks     int32 [layers, E]      the experts that the plan needs
+    marks     int32 [layers, E]      of the last plan: AT_HAND or COPIED where it needs the expert, else 0
     moves     int32 [layers, 1 + 2 S]  copies of the last plan: how many, their experts, their slots
     counts    int64 [layers, 4]      hits, misses, prefetched, streamed: experts, each once a plan
     """
@@ -76,6 +77,7 @@ def slots_plan(
     needed = tl.load(marks + e, mask=e < E, other=0)
     absent = tl.where(tl.load(table + e, mask=e < E, other=0) < 0, needed, 0)
     count = tl.sum(absent, 0)
+    tl.store(marks + e, needed + absent, mask=e < E)  # 1 and 2: below it only counts that neither is 0
     rank = tl.load(priority + e, mask=e < E, other=0)
     if DEMAND:
         now = tl.load(clock) + 1

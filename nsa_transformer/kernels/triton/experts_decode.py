@@ -4,12 +4,15 @@ All that counts is how fast weights stream, so a program owns a narrow strip of 
 the expert: rows of a tile are tokens, absent ones zero. A program stands for a routed row, a place of [T, K], and a strip; it returns at once where an earlier
 place chose the same expert. So the grid comes from shapes alone, one token starts no idle program, and nothing waits for the device.
 
-Experts lie where a table says, if one is given: expert e in slot table[e] of the weights, which is how offloaded experts are read (`expert_slots.py`).
+Experts lie where a table says, if one is given: expert e in slot table[e] of the weights, which is how offloaded experts are read (`expert_slots.py`). Then a
+pass is for those of one mark alone: first for experts that are at hand, while the others are being copied, then for these.
 
 Shape letters: M rows of a tile, N columns of a strip, DEPTH of the sum at a step; CHUNK places looked through at once; H hidden width, WIDTH of an expert.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -17,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_transformer.kernels.triton.common import add_dot, aligned, packed, precision
+from nsa_transformer.kernels.triton.expert_slots import AT_HAND, COPIED, Slots
 from nsa_transformer.kernels.triton.experts import Tile, launch_options, silu, sum_rows
 
 # Every program looks through all places for its own, and there is a program for each place and strip. Beyond 512 places, which make most experts of a usual
@@ -32,15 +36,21 @@ def _chose(indices, at, rows, expert, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _choosers(indices, rows, row, expert, CHUNK: tl.constexpr):
-    """How many places chose the expert, and how many of them lie before `row`."""
+def _expert_of(indices, table, marks, mark, rows, row, CHUNK: tl.constexpr):
+    """The expert of place `row`, its slot, how many places chose it, and whether this program computes it."""
+    expert = tl.load(indices + row).to(tl.int32)
+    slot = expert
+    ours = row >= 0
+    if table is not None:
+        slot = tl.load(table + expert)
+        ours = tl.load(marks + expert) == mark
     count = 0
     earlier = 0
     for at in range(0, rows, CHUNK):
         place, mine = _chose(indices, at, rows, expert, CHUNK)
         count += tl.sum(mine, 0)
         earlier += tl.sum(tl.where(place < row, mine, 0), 0)
-    return count, earlier
+    return expert, slot, count, ours & (earlier == 0)
 
 
 @triton.jit
@@ -58,22 +68,18 @@ def _members(indices, rows, expert, start, M: tl.constexpr, CHUNK: tl.constexpr)
     return found
 
 
-@triton.jit(repr=lambda _: "experts_decode_up", do_not_specialize=["rows"])
+@triton.jit(repr=lambda _: "experts_decode_up", do_not_specialize=["rows", "mark"])
 def experts_decode_up(
-    x, indices, table, w13, activation, rows, pitch,
+    x, indices, table, marks, mark, w13, activation, rows, pitch,
     K: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """activation [T * K, WIDTH] = silu(gate) * up from x [T, H] and w13, whose matrices [2 WIDTH, H] begin `pitch` elements apart."""
     strips: tl.constexpr = (WIDTH + N - 1) // N
     row = tl.program_id(0) // strips
-    expert = tl.load(indices + row).to(tl.int32)
-    count, earlier = _choosers(indices, rows, row, expert, CHUNK)
-    if earlier > 0:
+    expert, slot, count, ours = _expert_of(indices, table, marks, mark, rows, row, CHUNK)
+    if not ours:
         return
-    slot = expert
-    if table is not None:
-        slot = tl.load(table + expert)
     # Lines of the strip are a gate row and its up row in turn: neighbouring columns of the product, which one thread holds.
     column = tl.program_id(0) % strips * N
     line = tl.arange(0, 2 * N)
@@ -98,21 +104,18 @@ def experts_decode_up(
         tl.store(activation + place.to(tl.int64)[:, None] * WIDTH + to[None, :], value.to(dtype), mask=there[:, None] & (to < WIDTH)[None, :])
 
 
-@triton.jit(repr=lambda _: "experts_decode_down", do_not_specialize=["rows"])
+@triton.jit(repr=lambda _: "experts_decode_down", do_not_specialize=["rows", "mark"])
 def experts_decode_down(
-    activation, indices, table, w2, out, rows, pitch, H: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    activation, indices, table, marks, mark, w2, out, rows, pitch,
+    H: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out [T * K, H] from activation [T * K, WIDTH] and w2, whose matrices [H, WIDTH] begin `pitch` elements apart."""
     strips: tl.constexpr = (H + N - 1) // N
     row = tl.program_id(0) // strips
-    expert = tl.load(indices + row).to(tl.int32)
-    count, earlier = _choosers(indices, rows, row, expert, CHUNK)
-    if earlier > 0:
+    expert, slot, count, ours = _expert_of(indices, table, marks, mark, rows, row, CHUNK)
+    if not ours:
         return
-    slot = expert
-    if table is not None:
-        slot = tl.load(table + expert)
     to = tl.program_id(0) % strips * N + tl.arange(0, N)
     depth = tl.arange(0, DEPTH)
     strip = w2 + slot.to(tl.int64) * pitch + to[:, None] * WIDTH
@@ -149,8 +152,9 @@ def _pitch(weights: Tensor) -> tuple[Tensor, int]:
     return packed(weights), one
 
 
-def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, table: Tensor | None = None) -> Tensor:
-    """y [T, H] of at most MAX_ROWS places. With `table` int32 [E] expert e is w13[table[e]], w2[table[e]]; those chosen must be there."""
+def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, slots: Slots | None = None, join: Callable[[], None] | None = None) -> Tensor:
+    """y [T, H] of at most MAX_ROWS places. With `slots`, one layer's, as the last plan left them, expert e is w13[table[e]], w2[table[e]]; `join` is called
+    before those are computed that the plan had copied."""
     hidden_size, width = x.shape[1], w2.shape[2]
     rows, top_k = indices.numel(), indices.shape[1]
     assert rows <= MAX_ROWS, f"{rows} places"
@@ -161,14 +165,14 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     w2, pitch2 = _pitch(w2)
     tile = _tile(x.dtype, x.shape[0])
     chunk = min(128, max(16, triton.next_power_of_2(rows)))
-    shared = {"CHUNK": chunk, "M": tile.rows, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **launch_options(tile)}
-    activation = x.new_empty(rows, width)
     half = tile.columns // 2
-    experts_decode_up[(rows * triton.cdiv(width, half),)](
-        x, indices, table, w13, activation, rows, pitch13, K=top_k, H=hidden_size, WIDTH=width, N=half, **shared
-    )
-    y = x.new_empty(rows, hidden_size)
-    experts_decode_down[(rows * triton.cdiv(hidden_size, tile.columns),)](
-        activation, indices, table, w2, y, rows, pitch2, H=hidden_size, WIDTH=width, N=tile.columns, **shared
-    )
+    shared = {"H": hidden_size, "WIDTH": width, "CHUNK": chunk, "M": tile.rows, "DEPTH": tile.depth, "PRECISION": precision(x.dtype), **launch_options(tile)}
+    activation, y = x.new_empty(rows, width), x.new_empty(rows, hidden_size)
+    table, marks = (None, None) if slots is None else (slots.table, slots.marks)
+    for mark in (0,) if slots is None else (AT_HAND, COPIED):
+        if mark == COPIED and join is not None:
+            join()
+        where = (indices, table, marks, mark)
+        experts_decode_up[(rows * triton.cdiv(width, half),)](x, *where, w13, activation, rows, pitch13, K=top_k, N=half, **shared)
+        experts_decode_down[(rows * triton.cdiv(hidden_size, tile.columns),)](activation, *where, w2, y, rows, pitch2, N=tile.columns, **shared)
     return sum_rows(y, weights, x, top_k)
