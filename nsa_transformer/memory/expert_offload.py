@@ -25,6 +25,7 @@ from nsa_transformer.memory.host_arena import GIB, HostArena
 from nsa_transformer.models.moe import MixtureOfExperts, Router
 
 STREAM_BYTES = 64 << 20  # of a buffer of streaming: over 1 ms of the link, beside which launches and the first bytes' latency are nothing
+STREAM_SHARE = 1 / 8  # of the budget, at most, for both buffers
 FREE_SHARE = 0.75  # of the free memory, where no budget is given; the rest is for the cache and for activations
 
 
@@ -108,8 +109,8 @@ class ExpertStore:
         self.expert_bytes = 3 * hidden_size * width * dtype.itemsize
         words = self.expert_bytes // 4
         self.slots, self.chunk = self._divide(_budget(config, device), top_k)
-        self._arena = HostArena(layers * experts * self.expert_bytes, device, config.pin_memory)
-        self._host = self._arena.bytes.view(torch.int32).view(layers, experts, words)
+        self.arena = HostArena(layers * experts * self.expert_bytes, device, config.pin_memory)
+        self._host = self.arena.bytes.view(torch.int32).view(layers, experts, words)
         self._pool = torch.empty(layers, self.slots, words, dtype=torch.int32, device=device)
         self._state = Slots.empty(layers, experts, self.slots, device)
         parts = (words // 3 * 2, words // 3)
@@ -123,7 +124,8 @@ class ExpertStore:
         """Slots of each layer, and experts of each of the two buffers for streaming."""
         state = self.layers * (6 * self.experts + 32) * 4  # tables, lists and counts, at their largest
         room = (budget - state) // self.expert_bytes
-        chunk = min(self.experts, max(1, STREAM_BYTES // self.expert_bytes), (room - self.layers * top_k) // 2)
+        wanted = min(STREAM_BYTES // self.expert_bytes, int(room * STREAM_SHARE / 2))
+        chunk = min(self.experts, max(1, wanted), (room - self.layers * top_k) // 2)
         if chunk < 1:
             need = ((self.layers * top_k + 2) * self.expert_bytes + state) / GIB
             raise ConfigError(
@@ -192,7 +194,7 @@ class ExpertStore:
         before = self._lane.mark()
         with self._lane.beside():
             self._lane.wait(before)  # whoever computed from a slot is done before it changes
-            if self._arena.pinned:
+            if self.arena.pinned:
                 expert_slots.fetch(self._host[layer], self._pool[layer], state)
             else:
                 self._fetch_by_host(layer, state.moves)
@@ -230,7 +232,7 @@ class ExpertStore:
         from nsa_transformer.kernels.triton.experts import forward_in_parts
 
         state = self._state.layer(layer)
-        absent = (state.table < 0).sum() if self._arena.pinned else self.experts
+        absent = (state.table < 0).sum() if self.arena.pinned else self.experts
         state.counts[expert_slots.STREAMED] += absent
         y, _ = forward_in_parts(x, indices, weights, self.experts, self.width, self._parts(layer))
         return y
@@ -259,7 +261,7 @@ class ExpertStore:
         before = self._lane.mark()
         with self._lane.beside():
             self._lane.wait(before)
-            if self._arena.pinned:
+            if self.arena.pinned:
                 expert_slots.stream(self._host[layer], self._pool[layer], self._state.layer(layer), first, buffer.w13[:count], buffer.w2[:count])
             else:
                 cut = buffer.w13.shape[1]
@@ -278,7 +280,7 @@ class ExpertStore:
 
     @property
     def host_bytes(self) -> int:
-        return self._arena.bytes.numel()
+        return self.arena.bytes.numel()
 
     @property
     def gpu_bytes(self) -> int:
@@ -286,7 +288,7 @@ class ExpertStore:
         return self._pool.nbytes + sum(buffer.w13.nbytes + buffer.w2.nbytes for buffer in self._buffers)
 
     def describe(self) -> str:
-        memory = "page-locked" if self._arena.pinned else "pageable (pin_memory=false: copies go through the host)"
+        memory = "page-locked" if self.arena.pinned else "pageable (pin_memory=false: copies go through the host)"
         return (
             f"{self.layers} x {self.experts} experts in {self.host_bytes / GIB:.2f} GiB of {memory} host memory; "
             f"{self.slots} slots a layer and buffers of {self.chunk} experts in {self.gpu_bytes / GIB:.2f} GiB on the GPU; policy {self.config.policy}"

@@ -85,6 +85,7 @@ def same_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 def set_stream_bytes(monkeypatch: pytest.MonkeyPatch, chunk: int, config: ModelConfig = CONFIG) -> None:
     monkeypatch.setattr(expert_offload, "STREAM_BYTES", chunk * 3 * config.moe.expert_size * config.hidden_size * DTYPE.itemsize)
+    monkeypatch.setattr(expert_offload, "STREAM_SHARE", 1.0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
