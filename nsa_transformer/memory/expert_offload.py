@@ -11,7 +11,6 @@ Models know nothing of it: their mixture-of-experts layers call what is handed i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from nsa_transformer.config import ConfigError, ExpertOffloadingConfig
 from nsa_transformer.kernels import dispatch
+from nsa_transformer.memory.copy_lane import CopyLane
 from nsa_transformer.memory.host_arena import GIB, HostArena
 from nsa_transformer.models.moe import MixtureOfExperts, Router
 
@@ -48,25 +48,6 @@ class OffloadStatistics:
     def copied_bytes(self) -> int:
         """From the host's memory to the GPU."""
         return (self.misses + self.prefetched + self.streamed) * self.expert_bytes
-
-
-class _Lane:
-    """A stream beside the current one. On a CPU all happens in order, and there is none."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def beside(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-    def mark(self) -> torch.cuda.Event | None:
-        """What the current stream has been given so far."""
-        return None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
-
-    def wait(self, mark: torch.cuda.Event | None) -> None:
-        """Let the current stream go on after it."""
-        if mark is not None and self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(mark)
 
 
 @dataclass
@@ -113,12 +94,14 @@ class ExpertStore:
         self._host = self.arena.bytes.view(torch.int32).view(layers, experts, words)
         self._pool = torch.empty(layers, self.slots, words, dtype=torch.int32, device=device)
         self._state = Slots.empty(layers, experts, self.slots, device)
-        parts = (words // 3 * 2, words // 3)
-        self._buffers = [_Buffer(*(torch.empty(self.chunk, part, dtype=torch.int32, device=device) for part in parts)) for _ in range(2)]  # type: ignore[arg-type]
+        self._states = [self._state.layer(index) for index in range(layers)]
+        buffers = torch.empty(2, self.chunk * words, dtype=torch.int32, device=device)
+        cut = self.chunk * words // 3 * 2
+        self._buffers = [_Buffer(flat[:cut].view(self.chunk, -1), flat[cut:].view(self.chunk, -1)) for flat in buffers]
         self._turn = 0
         self._staged: tuple[int, int, _Buffer] | None = None
         self._ahead: tuple[torch.cuda.Event | None, tuple[Tensor, ...]] | None = None
-        self._lane = _Lane(device)
+        self._lane = CopyLane(device)
 
     def _divide(self, budget: int, top_k: int) -> tuple[int, int]:
         """Slots of each layer, and experts of each of the two buffers for streaming."""
@@ -189,7 +172,7 @@ class ExpertStore:
 
         if len(x) == 0:
             return torch.zeros_like(x)
-        state = self._state.layer(layer)
+        state = self._states[layer]
         expert_slots.plan(indices, state, self.config.policy)
         before = self._lane.mark()
         with self._lane.beside():
@@ -216,7 +199,7 @@ class ExpertStore:
 
         with self._lane.beside():
             guess = router(x)[0][:, : self.config.prefetch].contiguous()
-            state = self._state.layer(layer)
+            state = self._states[layer]
             expert_slots.plan(guess, state, self.config.policy, demand=False)
             expert_slots.fetch(self._host[layer], self._pool[layer], state)
             # Held until the next layer has waited: x is the current stream's, which else might use its memory again too early.
@@ -231,7 +214,7 @@ class ExpertStore:
         from nsa_transformer.kernels.triton import expert_slots
         from nsa_transformer.kernels.triton.experts import forward_in_parts
 
-        state = self._state.layer(layer)
+        state = self._states[layer]
         absent = (state.table < 0).sum() if self.arena.pinned else self.experts
         state.counts[expert_slots.STREAMED] += absent
         y, _ = forward_in_parts(x, indices, weights, self.experts, self.width, self._parts(layer))
@@ -262,7 +245,7 @@ class ExpertStore:
         with self._lane.beside():
             self._lane.wait(before)
             if self.arena.pinned:
-                expert_slots.stream(self._host[layer], self._pool[layer], self._state.layer(layer), first, buffer.w13[:count], buffer.w2[:count])
+                expert_slots.stream(self._host[layer], self._pool[layer], self._states[layer], first, buffer.w13[:count], buffer.w2[:count])
             else:
                 cut = buffer.w13.shape[1]
                 for number in range(count):

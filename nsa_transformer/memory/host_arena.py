@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ class HostArena:
             mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise ConfigError(f"{size / GIB:.1f} GiB of host memory for the experts cannot be had ({error.strerror})") from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to lock and to translate
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a hint, for fewer pages to lock and to translate; some kernels are built without
+                mapping.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Tensor = torch.frombuffer(mapping, dtype=torch.uint8)
         self.pinned = pin
         if pin and device.type == "cuda":
@@ -41,7 +43,7 @@ class HostArena:
             if status != 0:
                 raise ConfigError(
                     f"{size / GIB:.1f} GiB of host memory cannot be page-locked (CUDA error {status}); "
-                    "raise the limit (ulimit -l) or the container's memory, or write memory.expert_offloading.pin_memory=false"
+                    "give the machine or its container more memory, or write memory.expert_offloading.pin_memory=false"
                 )
             weakref.finalize(self, _release, self.bytes.data_ptr(), device)
 
