@@ -144,23 +144,24 @@ def record_trace(run: str, text: Path, tokens: int, device: torch.device) -> tup
 class Stack:
     """All layers of a store as one step, captured: `indices` int64 [layers, 1, top_k] says whom the token visits."""
 
-    def __init__(self, shape: Shape, config: ExpertOffloadingConfig, device: torch.device) -> None:
+    def __init__(self, shape: Shape, config: ExpertOffloadingConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         self.shape, self.device = shape, device
-        self.store = ExpertStore(shape.layers, shape.num, shape.hidden, shape.width, shape.top_k, torch.bfloat16, device, config)
+        self.store = ExpertStore(shape.layers, shape.num, shape.hidden, shape.width, shape.top_k, dtype, device, config)
         generator = torch.Generator(device).manual_seed(0)
         # A block of noise a layer, at another offset for each expert: drawing all of it would take longer than the measurement.
         size = shape.expert_bytes // 2
         for layer in range(shape.layers):
-            noise = torch.randn(size + 8 * shape.num, device=device, generator=generator).bfloat16()
+            noise = torch.randn(size + 8 * shape.num, device=device, generator=generator).to(dtype)
             for expert in range(shape.num):
                 block = noise[8 * expert : 8 * expert + size]
                 w13, w2 = self.store.weights(layer, expert)
                 w13.copy_((block[: w13.numel()] * shape.hidden**-0.5).view_as(w13))
                 w2.copy_((block[w13.numel() :] * shape.width**-0.5).view_as(w2))
-        self.x = torch.randn(1, shape.hidden, device=device, generator=generator).bfloat16()
+        self.x = torch.randn(1, shape.hidden, device=device, generator=generator).to(dtype)
         self.indices = torch.arange(shape.top_k, device=device).expand(shape.layers, 1, -1).contiguous()
         self.weights = torch.full((shape.layers, 1, shape.top_k), 1.0 / shape.top_k, device=device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.y = torch.empty_like(self.x)
+        self._replay: Callable[[], object] = self._eager
 
     def step(self) -> Tensor:
         y = self.x
@@ -168,30 +169,33 @@ class Stack:
             y = self.x + self.store.run(layer, y, self.indices[layer], self.weights[layer])
         return y
 
+    def _eager(self) -> None:
+        self.y = self.step()
+
     def decode(self, trace: Tensor) -> tuple[float, OffloadStatistics, bool]:
         """Milliseconds a token over a trace [steps, layers, top_k] on the GPU; the experts it counted; whether the last output is finite."""
-        if self._graph is None:
-            raise AssertionError("capture first")
         before = self.store.statistics()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for indices in trace:
-            self.indices.copy_(indices[:, None])
-            self._graph.replay()
-        end.record()
-        end.synchronize()
+
+        def run() -> None:
+            for indices in trace:
+                self.indices.copy_(indices[:, None])
+                self._replay()
+
+        ms = elapsed_ms(run, self.device)
         after = self.store.statistics()
         counted = replace(after, hits=after.hits - before.hits, misses=after.misses - before.misses)
         assert after.prefetched == after.streamed == 0, "neither is asked for here"
-        return start.elapsed_time(end) / len(trace), counted, bool(self.y.isfinite().all())
+        return ms / len(trace), counted, bool(self.y.isfinite().all())
 
     def capture(self) -> None:
-        """The first, uncaptured step compiles; it and the captured one visit the experts that `indices` holds."""
-        self.step()
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.y = self.step()
+        """From now on a step is a graph. The first, uncaptured one compiles; both visit the experts that `indices` holds, but capturing runs nothing."""
+        self._eager()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.y = self.step()
+            self._replay = graph.replay
 
     def check(self) -> float:
         """Error of the first layer's output over that of plain PyTorch in bf16, both against float64; at most 2 is right."""
@@ -215,7 +219,7 @@ class Stack:
 def prefill_ms(stack: Stack, tokens: int) -> float:
     """Milliseconds of the whole stack for a prompt of so many tokens, whose layers are streamed."""
     shape = stack.shape
-    x = torch.randn(tokens, shape.hidden, device=stack.device).bfloat16()
+    x = torch.randn(tokens, shape.hidden, device=stack.device).to(stack.x.dtype)
     indices = torch.rand(tokens, shape.num, device=stack.device).topk(shape.top_k).indices
     weights = torch.full((tokens, shape.top_k), 1.0 / shape.top_k, device=stack.device)
 
@@ -224,9 +228,18 @@ def prefill_ms(stack: Stack, tokens: int) -> float:
             stack.store.run(layer, x, indices, weights)
 
     run()
+    return elapsed_ms(run, stack.device)
+
+
+def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
+    """On the device's own clock; on a CPU, for tests, the wall's."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    run()
+    call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
@@ -299,10 +312,9 @@ def make_row(label: str, ms: float, counted: OffloadStatistics, steps: int, rate
     }
 
 
-def measure(shape: Shape, config: ExpertOffloadingConfig, rates: Sequence[float], device: torch.device) -> dict[str, Any]:
-    """All rows of one shape under LRU; `status` is `ok`, or says what is wrong, and then there are no rows."""
-    stack = Stack(shape, config, device)
-    store = stack.store
+def measure(stack: Stack, rates: Sequence[float], prompt: int = 4096) -> dict[str, Any]:
+    """All rows of a stack under LRU, and a prompt; `status` is `ok`, or says what is wrong, and then there are no rows."""
+    shape, store, device = stack.shape, stack.store, stack.device
     result: dict[str, Any] = {"store": store.describe(), "slots": store.slots, "status": "ok", "rows": [], "worst": stack.check()}
     if not result["worst"] <= 2.0:
         return result | {"status": f"FAILED: error {result['worst']:.2f} times that of plain PyTorch"}
@@ -327,8 +339,7 @@ def measure(shape: Shape, config: ExpertOffloadingConfig, rates: Sequence[float]
             return result | {"status": f"FAILED: {counted.misses} misses where the trace has {misses}, output {'' if finite else 'not '}finite", "rows": []}
         result["rows"].append(make_row(f"{wanted:.0%}", ms, counted, STEPS, rate, compute_ms))
     result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    tokens = 4096
-    result["prefill"] = {"tokens": tokens, "ms": prefill_ms(stack, tokens), "bytes": shape.model_bytes}
+    result["prefill"] = {"tokens": prompt, "ms": prefill_ms(stack, prompt), "bytes": shape.model_bytes}
     return result
 
 
@@ -437,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results["baselines"] = {} if options.no_baselines else time_baselines(shape, device)
         torch.cuda.empty_cache()
-        results["result"] = measure(shape, ExpertOffloadingConfig(enabled=True, gpu_budget_gib=options.budget_gib), options.miss_rates, device)
+        results["result"] = measure(Stack(shape, ExpertOffloadingConfig(enabled=True, gpu_budget_gib=options.budget_gib), device), options.miss_rates)
         results["recorded"] = []
         if options.run is not None:
             torch.cuda.empty_cache()

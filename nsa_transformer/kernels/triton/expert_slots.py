@@ -65,7 +65,8 @@ def slots_plan(
     E: tl.constexpr, S: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
     FREQUENCY: tl.constexpr, DEMAND: tl.constexpr, USE: tl.constexpr, HALVING: tl.constexpr,
 ):  # fmt: skip
-    """One program. EXPERTS and SLOTS are E and S padded. Without DEMAND the indices are a guess: it makes experts present, and is no use of them."""
+    """One program of one warp: several would hold copies of what is loaded, and one might load what another has stored already. EXPERTS and SLOTS are E and S
+    padded. Without DEMAND the indices are a guess: it makes experts present, and is no use of them."""
     e = tl.arange(0, EXPERTS)
     s = tl.arange(0, SLOTS)
     tl.store(marks + e, 0, mask=e < E)
@@ -77,6 +78,7 @@ def slots_plan(
     needed = tl.load(marks + e, mask=e < E, other=0)
     absent = tl.where(tl.load(table + e, mask=e < E, other=0) < 0, needed, 0)
     count = tl.sum(absent, 0)
+    tl.debug_barrier()
     tl.store(marks + e, needed + absent, mask=e < E)  # 1 and 2: below it only counts that neither is 0
     rank = tl.load(priority + e, mask=e < E, other=0)
     if DEMAND:
@@ -142,17 +144,9 @@ def plan(indices: Tensor, slots: Slots, policy: str, demand: bool = True) -> Non
     assert rows <= count, f"{rows} places for {count} slots"
     padded = (max(16, triton.next_power_of_2(n)) for n in (experts, count, min(rows, 512)))
     slots_plan[(1,)](
-        indices.contiguous(),
-        *(getattr(slots, field.name) for field in fields(slots)),
-        rows,
-        experts,
-        count,
-        *padded,
-        policy == "frequency",
-        demand,
-        USE,
-        HALVING,
-    )
+        indices.contiguous(), *(getattr(slots, field.name) for field in fields(slots)), rows, experts, count, *padded,
+        policy == "frequency", demand, USE, HALVING, num_warps=1,
+    )  # fmt: skip
 
 
 def fetch(host: Tensor, pool: Tensor, slots: Slots) -> None:
