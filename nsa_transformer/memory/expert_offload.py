@@ -234,8 +234,8 @@ class ExpertStore:
             yield first, w13, buffer.w2[:count].view(self.dtype).view(count, self.hidden_size, self.width)
 
     def _stage(self, layer: int, first: int) -> _Buffer:
-        """Begin to copy experts into the buffer whose turn it is. It waits for what was launched so far: that reads this buffer, and what reads the other
-        comes later."""
+        """Begin to copy experts into the buffer whose turn it is. It waits for all that was launched so far, the last reader of this buffer included; the
+        other buffer's is launched later. From pageable memory the host copies, and nothing goes on beside it."""
         from nsa_transformer.kernels.triton import expert_slots
 
         buffer = self._buffers[self._turn]
