@@ -311,8 +311,32 @@ class KVCacheConfig:
 
 @dataclass(frozen=True)
 class ExpertOffloadingConfig:
+    """Experts in host memory. In training: the saved default of `nsa generate`."""
+
     enabled: bool = doc("Keep the experts in host memory and bring them to the GPU as they are needed.", False)
-    pin_memory: bool = doc("With enabled: page-lock the host memory of the experts.", True)
+    pin_memory: bool = doc(
+        "With enabled: page-lock the host memory of the experts, so that the GPU reads it itself. false: copies go through the host, several times slower.",
+        True,
+    )
+    gpu_budget_gib: float | None = doc(
+        "With enabled: GiB of GPU memory for experts, the slots of those at hand and the buffers of a prompt together. "
+        "null: three quarters of what is free once the rest of the model is loaded.",
+        None,
+    )
+    policy: Literal["lru", "frequency"] = doc(
+        "With enabled: which expert leaves its slot, the one not needed for longest or the one needed least often (uses count half after 64 tokens).", "lru"
+    )
+    prefetch: int = doc(
+        "With enabled: experts per token, the likeliest by the next layer's router on this layer's input, that are copied while this layer computes. Worth it "
+        "where the link has time to spare; a wrong guess costs a copy. 0: none.",
+        0,
+    )
+
+    def __post_init__(self) -> None:
+        budget = self.gpu_budget_gib
+        _need(budget is None or 0 < budget < math.inf, f"gpu_budget_gib={budget} must be greater than 0 and finite, or null")
+        _not_negative(self, "prefetch")
+        _need(self.pin_memory or not self.prefetch, f"prefetch={self.prefetch} needs page-locked memory; write prefetch=0 or pin_memory=true")
 
 
 @dataclass(frozen=True)
@@ -465,6 +489,8 @@ class Config:
             self.training.resume is None or self.training.init_from is None,
             "training.resume and training.init_from exclude each other: one continues a run, the other starts a new one; drop one of them",
         )
+        ahead, top_k = self.memory.expert_offloading.prefetch, self.model.moe.top_k
+        _need(ahead <= top_k, f"memory.expert_offloading.prefetch={ahead} is more than model.moe.top_k={top_k}; write {top_k} or fewer")
 
 
 def unsupported_options(config: Config) -> list[str]:

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,9 @@ def _gather(model: Transformer, optimizer: torch.optim.Optimizer, world: World) 
     return weights, moments
 
 
-def load_weights(path: Path, model: Transformer) -> None:
-    """Copy `model.safetensors` of a folder into a model, sharded or not.
+def load_weights(path: Path, model: Transformer, elsewhere: Mapping[str, Callable[[Any], None]] | None = None) -> None:
+    """Copy `model.safetensors` of a folder into a model, sharded or not. Parameters named in `elsewhere` are not the model's to hold: what stands there takes
+    the tensor from the file, which it may slice before it is read.
 
     Raises `ConfigError` where it is missing, damaged or of another shape, before anything is copied.
     """
@@ -164,7 +165,10 @@ def load_weights(path: Path, model: Transformer) -> None:
         with safe_open(file, "pt") as saved:
             _match(file, {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}, targets)  # noqa: SIM118
             for name, target in targets.items():
-                assign(target, saved.get_tensor(name))
+                if elsewhere is not None and name in elsewhere:
+                    elsewhere[name](saved.get_slice(name))
+                else:
+                    assign(target, saved.get_tensor(name))
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist; name a run, a checkpoint or an export") from None
     except (SafetensorError, OSError) as error:
