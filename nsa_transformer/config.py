@@ -265,7 +265,11 @@ class TrainingConfig:
     )
     init_from: str | None = doc("Start from the weights of a run, checkpoint or export, with a fresh optimizer.", None)
     device: Literal["auto", "cpu", "cuda"] = doc("auto: cuda where there is one.", "auto")
-    cpu_threads: int | None = doc("Threads of each rank's matrix products on a CPU. null: torch's own choice, which is every core or OMP_NUM_THREADS.", None)
+    cpu_threads: int | None = doc(
+        "Threads of each rank's matrix products on a CPU, or, with a GPU, of an offloaded optimizer. null: torch's own choice, which is every core or "
+        "OMP_NUM_THREADS; for the optimizer beside a GPU every core but two.",
+        None,
+    )
     expert_parallel_size: int = doc("Ranks that share one set of experts.", 1)
     context_parallel_size: int = doc("Ranks that share one pack.", 1)
 
@@ -316,6 +320,15 @@ class ExpertOffloadingConfig:
 
 
 @dataclass(frozen=True)
+class OptimizerOffloadingConfig:
+    enabled: bool = doc(
+        "Keep float32 weights, AdamW's moments and the sums of gradients in host memory and update them on the CPU, while the GPU goes on; it holds the "
+        "weights in the dtype that passes compute in. One process.",
+        False,
+    )
+
+
+@dataclass(frozen=True)
 class CudaKernelsConfig:
     enable_hbm_optimizations: bool = doc("CUDA kernels with TMA loads and L2-aware order.", False)
     enable_bank_conflict_avoidance: bool = doc("CUDA kernels with swizzled shared memory.", False)
@@ -332,6 +345,7 @@ class MemoryConfig:
     )
     kv_cache: KVCacheConfig = doc("Key/value cache.", factory=KVCacheConfig)
     expert_offloading: ExpertOffloadingConfig = doc("Experts in host memory.", factory=ExpertOffloadingConfig)
+    optimizer_offloading: OptimizerOffloadingConfig = doc("The optimizer in host memory, in training.", factory=OptimizerOffloadingConfig)
     cuda_kernels: CudaKernelsConfig = doc("The CUDA C++ extension.", factory=CudaKernelsConfig)
 
 
