@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -37,11 +38,20 @@ def check_host_memory(wanted: int, what: str) -> None:
         raise ConfigError(f"{what} takes {wanted / GIB:.1f} GiB of host memory and this machine has {total / GIB:.1f}; write a smaller model, or leave it off")
 
 
+Tick = torch.cuda.Event | float
+
+
 class Link(Protocol):
-    """The way between host and device. Methods but `now` are called from one thread."""
+    """The way between host and device. Of the methods that move something, each is called by one thread at a time."""
 
     def now(self) -> torch.cuda.Event | None:
         """A mark behind all work that the calling thread has given to the device."""
+
+    def tick(self) -> Tick:
+        """The time when the device has done all work that the calling thread has given to it."""
+
+    def between(self, start: Tick, end: Tick) -> float:
+        """Seconds from one tick to another; the device must have passed both."""
 
     def to_host(self, values: Tensor, ready: torch.cuda.Event | None) -> Iterator[Tensor]:
         """The parts of a flat device tensor, `CHUNK` elements each, once the device has passed `ready`. A part counts until the next one is asked for."""
@@ -62,6 +72,13 @@ class SameMemory:
 
     def now(self) -> None:
         return None
+
+    def tick(self) -> float:
+        return time.perf_counter()
+
+    def between(self, start: Tick, end: Tick) -> float:
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
 
     def to_host(self, values: Tensor, ready: torch.cuda.Event | None) -> Iterator[Tensor]:
         assert ready is None
@@ -96,6 +113,15 @@ class CudaLink:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+    def tick(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def between(self, start: Tick, end: Tick) -> float:
+        assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+        return start.elapsed_time(end) / 1e3
 
     def to_host(self, values: Tensor, ready: torch.cuda.Event | None) -> Iterator[Tensor]:
         assert ready is not None

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_transformer.memory.host import ALIGN, CHUNK, GIB, check_host_memory, host_zeros, link_to
+from nsa_transformer.memory.host import ALIGN, CHUNK, GIB, Tick, check_host_memory, host_zeros, link_to
 from nsa_transformer.models.attention import BlockCompressor, DenseAttention, GateMLP, NativeSparseAttention
 from nsa_transformer.models.moe import MLP, MixtureOfExperts
 from nsa_transformer.models.transformer import Transformer
@@ -124,6 +124,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._received: set[int] = set()  # parameters with a gradient in this step
         self._norms: dict[int, Tensor] = {}  # of their sums
         self._factor = torch.ones(())
+        self._waits: list[tuple[Tick, Tick]] = []
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._receive) for parameter in parameters]
         model.ready = self.ready
 
@@ -221,7 +222,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def clip(self, max_norm: float) -> Tensor:
         """The global norm of the gradients, float32 on the CPU; `step` scales them down to `max_norm` as `torch.nn.utils.clip_grad_norm_` would."""
+        begun = self._link.tick()
         self._drain()
+        self._waits.append((begun, self._link.tick()))
         norms = [self._norms[number] for number in sorted(self._received)]
         total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         self._factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -287,7 +290,15 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """Before a pass reads the weights of a part of the model: wait for what is still being done to them."""
         update = self._updates.pop(module, None)
         if update is not None:
+            begun = self._link.tick()
             _wait_for(update.result(), self._device)
+            self._waits.append((begun, self._link.tick()))
+
+    def waited(self) -> float:
+        """Seconds that the device has stood still for gradients to be added up and weights to be updated, since this was last asked; it must have
+        passed all of that."""
+        waits, self._waits = self._waits, []
+        return sum(self._link.between(*wait) for wait in waits)
 
     def finish(self) -> None:
         """Until no update is under way."""

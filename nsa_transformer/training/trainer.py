@@ -102,7 +102,7 @@ class Trainer:
             stop.deferred(),
             self._host_threads(),
         ):
-            meter = Meter(self.config, world)
+            meter = Meter(self.config, world, self.optimizer.waited if isinstance(self.optimizer, OffloadedAdamW) else None)
             stopped = 0  # the signal that some rank received, as all ranks know it
             while progress.step < config.max_steps and not stopped:
                 passes = self._passes(world, meter, stop)

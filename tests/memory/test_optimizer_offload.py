@@ -21,6 +21,7 @@ from nsa_transformer.memory import host, optimizer_offload
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, use_compute_dtype
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.training.faults import Stopped
+from nsa_transformer.training.metrics import read_metrics
 from nsa_transformer.training.optimizer import build_optimizer, clip_gradients
 from nsa_transformer.training.trainer import Trainer
 
@@ -91,6 +92,14 @@ def test_a_run_resumes_with_and_without(work: Path, first: tuple[str, ...]) -> N
     assert threads() == []
     rows, files = run(work, "resumed", *more, *second, "training.resume=auto")
     assert (rows, files["model.safetensors"], files["optimizer.safetensors"]) == (whole[0], whole[1]["model.safetensors"], whole[1]["optimizer.safetensors"])
+
+
+def test_the_wait_for_the_update_is_in_the_rows(work: Path) -> None:
+    run(work, "plain")
+    run(work, "offloaded", ON)
+    plain, offloaded = ([row for row in read_metrics(work / name / "metrics.jsonl") if "loss" in row] for name in ("plain", "offloaded"))
+    assert all("update_wait_fraction" not in row for row in plain)
+    assert all(0 < row["update_wait_fraction"] < 1 for row in offloaded)
 
 
 def test_init_from_takes_the_weights_into_the_masters(work: Path) -> None:
