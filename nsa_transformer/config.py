@@ -315,7 +315,11 @@ class KVCacheConfig:
 
 @dataclass(frozen=True)
 class ExpertOffloadingConfig:
-    enabled: bool = doc("Keep the experts in host memory and bring them to the GPU as they are needed.", False)
+    enabled: bool = doc(
+        "Keep the routed experts in host memory and bring them to the GPU as they are needed; in training layer by layer in each pass, and the optimizer "
+        "is then in host memory too. One process.",
+        False,
+    )
     pin_memory: bool = doc("With enabled: page-lock the host memory of the experts.", True)
 
 
@@ -347,6 +351,11 @@ class MemoryConfig:
     expert_offloading: ExpertOffloadingConfig = doc("Experts in host memory.", factory=ExpertOffloadingConfig)
     optimizer_offloading: OptimizerOffloadingConfig = doc("The optimizer in host memory, in training.", factory=OptimizerOffloadingConfig)
     cuda_kernels: CudaKernelsConfig = doc("The CUDA C++ extension.", factory=CudaKernelsConfig)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """In training: asked for, or because the experts are offloaded."""
+        return self.optimizer_offloading.enabled or self.expert_offloading.enabled
 
 
 @dataclass(frozen=True)
@@ -487,8 +496,6 @@ def unsupported_options(config: Config) -> list[str]:
     found = []
     if kv.quantization != "none":
         found.append(f"memory.kv_cache.quantization={kv.quantization} is not built yet; write memory.kv_cache.quantization=none")
-    if config.memory.expert_offloading.enabled:
-        found.append("memory.expert_offloading.enabled=true is not built yet; write memory.expert_offloading.enabled=false")
     for name in ("enable_hbm_optimizations", "enable_bank_conflict_avoidance"):
         if getattr(kernels, name):
             found.append(f"memory.cuda_kernels.{name}=true is not built yet; write memory.cuda_kernels.{name}=false")

@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nsa_transformer.config import Config, ModelConfig
 from nsa_transformer.distributed.world import World
 from nsa_transformer.memory.activation_checkpointing import apply_activation_checkpointing
-from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, master_of, use_compute_dtype
+from nsa_transformer.memory.compute_dtype import use_compute_dtype
+from nsa_transformer.memory.expert_streaming import stream_experts
+from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, master_of
 from nsa_transformer.models.transformer import Transformer, initial_value
 
 
@@ -20,9 +22,12 @@ def build_model(config: Config, world: World) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, config, world)
-    if config.memory.optimizer_offloading.enabled:
+    if config.memory.offloads_optimizer:
         use_compute_dtype(model, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
-    model.to_empty(device=world.device)
+    if config.memory.expert_offloading.enabled:
+        stream_experts(model, world.device, config.memory.expert_offloading.pin_memory)
+    else:
+        model.to_empty(device=world.device)
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -21,14 +22,27 @@ ALIGN = 16  # elements: a cache line of float32
 GIB = 2**30
 
 
-def host_zeros(count: int) -> Tensor:
-    """float32 `[count]`, zeros, in memory that is taken page by page as it is written, in huge pages where the system has them."""
-    if not count:
-        return torch.zeros(0)
-    pages = mmap.mmap(-1, 4 * count)
+def host_zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`[count]`, zeros, in memory that is taken page by page as it is written, in huge pages where the system has them."""
+    pages = mmap.mmap(-1, count * dtype.itemsize)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.float32, count=count)
+    return torch.frombuffer(pages, dtype=dtype, count=count)
+
+
+def page_lock(flat: Tensor, owner: object, key: str) -> None:
+    """Page-lock a host tensor as it is, without the rounding up of torch's own page-locked memory, as long as `owner` lives.
+
+    Raises `ConfigError` naming `key` where the system refuses.
+    """
+    status = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+    if status:
+        raise ConfigError(f"{flat.nbytes / GIB:.1f} GiB of host memory could not be page-locked (CUDA error {status}); write {key}=false, or free memory")
+    weakref.finalize(owner, _unlock, flat)
+
+
+def _unlock(flat: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
 
 
 def check_host_memory(wanted: int, what: str) -> None:

@@ -23,32 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_transformer.memory.expert_streaming import host_weights
 from nsa_transformer.memory.host import ALIGN, CHUNK, GIB, Tick, check_host_memory, host_zeros, link_to
-from nsa_transformer.models.attention import BlockCompressor, DenseAttention, GateMLP, NativeSparseAttention
-from nsa_transformer.models.moe import MLP, MixtureOfExperts
 from nsa_transformer.models.transformer import Transformer
 
 HOST_BYTES = 16  # of a parameter: master, two moments, sum of gradients
 IN_FLIGHT = 512 << 20  # bytes of gradients that may wait on the device; past that the backward waits
-
-
-def use_compute_dtype(model: Transformer, dtype: torch.dtype) -> None:
-    """Turn a model that is still on meta into what passes need under autocast to `dtype`: parameters that are read as factors of products alone
-    become that dtype, as autocast would make them in each pass. Embedding, output projection (whose gradient is summed over chunks in its own dtype),
-    norms, routers and positions stay float32."""
-    for parameter in _factors(model):
-        assert parameter.is_meta
-        parameter.data = parameter.data.to(dtype)
-
-
-def _factors(model: Transformer) -> list[nn.Parameter]:
-    found: list[nn.Parameter] = []
-    for module in model.modules():
-        if isinstance(module, MixtureOfExperts):
-            found += [module.w13, module.w2]
-        elif isinstance(module, NativeSparseAttention | DenseAttention | MLP | BlockCompressor | GateMLP):
-            found += [p for child in module.children() if isinstance(child, nn.Linear) for p in child.parameters()]
-    return found
 
 
 @dataclass(frozen=True)
@@ -101,8 +81,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         parameters = list(model.parameters())
-        check_host_memory(HOST_BYTES * sum(p.numel() for p in parameters), "memory.optimizer_offloading.enabled=true")
         self._device = device
+        self._streamed = host_weights(model)
+        wanted = HOST_BYTES * sum(p.numel() for p in parameters) + sum(w.nbytes for w in self._streamed.values())
+        check_host_memory(wanted, "memory.optimizer_offloading.enabled=true" if not self._streamed else "memory.expert_offloading.enabled=true")
         self._link = link_to(device)
         self._worker = ThreadPoolExecutor(1, "optimizer", initializer=_begin_thread, initargs=(device, threads))
         self._index = {parameter: number for number, parameter in enumerate(parameters)}
@@ -146,7 +128,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         room = 0
         for parameter in parameters:
             number = self._index[parameter]
-            tensors = self._masters[number], self._grads[number], self._first[number], self._second[number], parameter.detach().flatten()
+            tensors = self._masters[number], self._grads[number], self._first[number], self._second[number], self._target(parameter)
             for master, grad, first, second, target in zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True):
                 if room < _aligned(len(master)):
                     parts.append(_Part(group, []))
@@ -160,8 +142,14 @@ class OffloadedAdamW(torch.optim.Optimizer):
         count = sum(p.numel() for p in self._index)
         if self._device.type == "cpu":
             return "memory.optimizer_offloading: without a GPU nothing moves; the update runs beside the forward in a thread of its own, with the same results"
-        held = sum(p.nbytes for p in self._index) / count
-        return f"optimizer in host memory, {HOST_BYTES * count / GIB:.1f} GiB; weights on the GPU take {held:.1f} bytes a parameter"
+        streamed = sum(w.nbytes for w in self._streamed.values())
+        held = sum(p.nbytes for p in self._index if p not in self._streamed) / count
+        experts = f", and experts, {streamed / GIB:.1f} GiB," if streamed else ""
+        return f"optimizer{experts} in host memory, {(HOST_BYTES * count + streamed) / GIB:.1f} GiB; weights on the GPU take {held:.1f} bytes a parameter"
+
+    def _target(self, parameter: nn.Parameter) -> Tensor:
+        """What passes read of a parameter, flat."""
+        return self._streamed[parameter] if parameter in self._streamed else parameter.detach().flatten()
 
     # ------------------------------------------------------------------------------------------------- values and moments
 

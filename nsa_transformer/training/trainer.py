@@ -233,17 +233,24 @@ class Trainer:
     def _check_world(self, world: World) -> None:
         self.world = world
         config = self.config.training
-        if self.config.memory.optimizer_offloading.enabled and world.mesh is not None:
-            raise ConfigError(
-                "memory.optimizer_offloading.enabled=true is built for one process, and torchrun started this one; start it without torchrun, or write "
-                "memory.optimizer_offloading.enabled=false: FSDP2 shares weights and moments among the ranks"
-            )
+        self._check_offloading(world)
         if config.batch_size % (config.micro_batch_size * world.size):
             unit = config.micro_batch_size * world.size
             raise ConfigError(
                 f"training.batch_size={config.batch_size} must be a multiple of training.micro_batch_size={config.micro_batch_size} times {world.size} ranks; "
                 f"write training.batch_size={unit * max(1, round(config.batch_size / unit))}"
             )
+
+    def _check_offloading(self, world: World) -> None:
+        memory, model = self.config.memory, self.config.model
+        for key, enabled in (("expert_offloading", memory.expert_offloading.enabled), ("optimizer_offloading", memory.optimizer_offloading.enabled)):
+            if enabled and world.mesh is not None:
+                raise ConfigError(
+                    f"memory.{key}.enabled=true is built for training in one process, and torchrun started this one; start it without torchrun, or write "
+                    f"memory.{key}.enabled=false: FSDP2 shares weights and moments among the ranks"
+                )
+        if memory.expert_offloading.enabled and not any(map(model.layer_has_experts, range(model.num_layers))):
+            raise ConfigError("memory.expert_offloading.enabled=true, and the model has no experts; write memory.optimizer_offloading.enabled=true")
 
     def _prepare_run_dir(self, world: World) -> None:
         name = self.config.run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
@@ -267,7 +274,7 @@ class Trainer:
         self.doing = "building the model"
         self.model: Transformer = build_model(config, world)
         self.doing = "building the optimizer"
-        offloads = config.memory.optimizer_offloading.enabled
+        offloads = config.memory.offloads_optimizer
         self.optimizer = build_optimizer(self.model, config.training, world.device if offloads else None)
         if isinstance(self.optimizer, OffloadedAdamW):
             self.console.info(self.optimizer.describe())

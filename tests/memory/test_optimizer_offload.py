@@ -18,7 +18,8 @@ from nsa_transformer.config import ConfigError, TrainingConfig
 from nsa_transformer.distributed.parallelize import build_model
 from nsa_transformer.distributed.world import World
 from nsa_transformer.memory import host, optimizer_offload
-from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, use_compute_dtype
+from nsa_transformer.memory.compute_dtype import use_compute_dtype
+from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.training.faults import Stopped
 from nsa_transformer.training.metrics import read_metrics
@@ -383,7 +384,7 @@ def test_too_little_host_memory_is_said_before_the_system_kills(work: Path, monk
 def test_several_ranks_are_refused(work: Path) -> None:
     trainer = Trainer(small_config(work, *SETTINGS, ON))
     mesh: Any = object()
-    with pytest.raises(ConfigError, match=r"built for one process.*memory\.optimizer_offloading\.enabled=false"):
+    with pytest.raises(ConfigError, match=r"built for training in one process.*memory\.optimizer_offloading\.enabled=false"):
         trainer._check_world(World(0, 1, torch.device("cpu"), mesh))
 
 
