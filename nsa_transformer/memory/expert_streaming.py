@@ -130,15 +130,16 @@ class _Stream:
     def __init__(self, host: list[Weights], device: torch.device) -> None:
         self.host, self._device = host, device
         self.forwards = True  # the direction of the pass
-        if device.type == "cuda":
-            self._slots: list[Weights] = [(torch.empty_like(w13, device=device), torch.empty_like(w2, device=device)) for w13, w2 in host[:2]]
+        self._slots: list[Weights] = []
+        if _apart(device):
+            self._slots = [(torch.empty_like(w13, device=device), torch.empty_like(w2, device=device)) for w13, w2 in host[:2]]
             self._holds: list[tuple[int, int] | None] = [None] * len(self._slots)  # layer, and how often its host weights had been written
             self._copied = [torch.cuda.Event() for _ in self._slots]
             self._copies = torch.cuda.Stream(device)
 
     def mark(self) -> torch.cuda.Event | None:
         """Behind all that the current stream was given."""
-        if self._device.type != "cuda":
+        if not self._slots:
             return None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
@@ -146,7 +147,7 @@ class _Stream:
 
     def bring(self, layer: int) -> None:
         """Let the current stream have a layer's weights."""
-        if self._device.type == "cuda":
+        if self._slots:
             self.start(layer, self.mark())
             torch.cuda.current_stream(self._device).wait_event(self._copied[layer % 2])
 
@@ -166,5 +167,10 @@ class _Stream:
 
     def views(self, layer: int) -> Weights:
         """For autograd to save: `.data`, since it is right that their content changes before they are read again."""
-        w13, w2 = self._slots[layer % 2] if self._device.type == "cuda" else self.host[layer]
+        w13, w2 = self._slots[layer % 2] if self._slots else self.host[layer]
         return w13.data, w2.data
+
+
+def _apart(device: torch.device) -> bool:
+    """Whether host and device have memories of their own."""
+    return device.type == "cuda"

@@ -19,6 +19,7 @@ from nsa_transformer.training.optimizer import build_optimizer
 from nsa_transformer.training.trainer import Trainer
 
 from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
+from .stand_ins import stand_in_for_cuda
 
 ON = "memory.expert_offloading.enabled=true"
 SETTINGS = (*QUIET, "model.num_layers=5", "training.batch_size=4", "training.micro_batch_size=2", "training.max_grad_norm=0.5", "training.max_steps=4")
@@ -37,39 +38,20 @@ def run(folder: Path, name: str, *more: str) -> tuple[list[dict[str, Any]], dict
     return steady_rows(folder / name), final_files(folder / name)
 
 
-class Moves:
-    """Stands in for the device: two slots, copied into when told, poisoned where they are read before that or after something else came."""
+def copied_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on slots on the CPU stand for those of a device; the layers that are copied into them, as they are."""
+    stand_in_for_cuda(monkeypatch)
+    monkeypatch.setattr(expert_streaming, "_apart", lambda device: True)
+    start, copied = expert_streaming._Stream.start, []
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.copies: list[int] = []
-        moves = self
+    def watched(self: expert_streaming._Stream, layer: int, before: Any) -> None:
+        holds = list(self._holds)
+        start(self, layer, before)
+        if holds != self._holds:
+            copied.append(layer)
 
-        class Slots(expert_streaming._Stream):
-            def __init__(self, host: list[expert_streaming.Weights], device: torch.device) -> None:
-                super().__init__(host, device)
-                self.slots = [tuple(torch.full_like(w, torch.nan) for w in weights) for weights in host[:2]]
-                self.holds: list[Any] = [None, None]
-
-            def mark(self) -> Any:
-                return object()
-
-            def bring(self, layer: int) -> None:
-                self.start(layer, self.mark())
-
-            def start(self, layer: int, before: Any) -> None:
-                known = layer, sum(w._version for w in self.host[layer])
-                if self.holds[layer % 2] == known:
-                    return
-                moves.copies.append(layer)
-                with torch.no_grad():
-                    for target, source in zip(self.slots[layer % 2], self.host[layer], strict=True):
-                        target.copy_(source)
-                self.holds[layer % 2] = known
-
-            def views(self, layer: int) -> Any:
-                return tuple(w.data for w in self.slots[layer % 2])
-
-        monkeypatch.setattr(expert_streaming, "_Stream", Slots)
+    monkeypatch.setattr(expert_streaming._Stream, "start", watched)
+    return copied
 
 
 MODES = ["none", "selective", "full"]
@@ -79,12 +61,12 @@ MODES = ["none", "selective", "full"]
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_is_the_same_bit_for_bit(work: Path, monkeypatch: pytest.MonkeyPatch, mode: str, slots: bool) -> None:
     plain = run(work, "plain", f"memory.activation_checkpointing={mode}")
-    moves = Moves(monkeypatch) if slots else None
+    copied = copied_layers(monkeypatch) if slots else []
     assert run(work, "streamed", ON, f"memory.activation_checkpointing={mode}") == plain
-    if moves is not None:
+    if slots:
         # Four layers of experts; each step begins with new weights, and of its two passes the first brings 0 1 2 3, then 1 0 on the way back, since 3
         # and 2 are still there; the second finds 0 and 1.
-        assert moves.copies[:10] == [0, 1, 2, 3, 1, 0, 2, 3, 1, 0]
+        assert copied[:10] == [0, 1, 2, 3, 1, 0, 2, 3, 1, 0]
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from nsa_transformer.training.trainer import Trainer
 from ..models.small import random_tokens
 from ..models.small import small_config as small_model_config
 from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
+from .stand_ins import stand_in_for_cuda
 
 ON = "memory.optimizer_offloading.enabled=true"
 # Four passes a step, and gradients that are clipped in every step.
@@ -292,6 +293,20 @@ def test_parameters_are_updated_in_parts(monkeypatch: pytest.MonkeyPatch, chunk:
     plain, offloaded = (trained(offload, dtype=dtype) for offload in (False, True))
     for name in plain:
         torch.testing.assert_close(offloaded[name], plain[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_through_page_locked_buffers(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
+    """With streams and events that have always happened: what is copied whereto, not when."""
+    for module in (host, optimizer_offload):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    expected = trained(True, dtype=dtype)
+    stand_in_for_cuda(monkeypatch)
+    monkeypatch.setattr(host, "_page_locked", lambda count: torch.full((count,), 255, dtype=torch.uint8))  # NaN, in either dtype
+    monkeypatch.setattr(optimizer_offload, "link_to", host.CudaLink)
+    found = trained(True, dtype=dtype)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_backward_waits_where_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
