@@ -21,7 +21,7 @@ from nsa_transformer.memory import host, optimizer_offload
 from nsa_transformer.memory.compute_dtype import use_compute_dtype
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.transformer import Transformer
-from nsa_transformer.training.faults import Stopped
+from nsa_transformer.training.faults import Stopped, describe_out_of_memory
 from nsa_transformer.training.metrics import read_metrics
 from nsa_transformer.training.optimizer import build_optimizer, clip_gradients
 from nsa_transformer.training.trainer import Trainer
@@ -394,6 +394,12 @@ def test_too_little_host_memory_is_said_before_the_system_kills(work: Path, monk
     monkeypatch.setattr(host, "memory_bytes", lambda: 1 << 19)
     with pytest.raises(ConfigError, match=r"memory\.optimizer_offloading\.enabled=true takes .* GiB of host memory"):
         Trainer(small_config(work, *SETTINGS, ON)).train()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_gpu_without_room_is_told_of_it(work: Path, error: Exception) -> None:
+    said = [describe_out_of_memory(error, "making a step", small_config(work, *more)) or "" for more in ((), (ON,))]
+    assert (ON in said[0]) == isinstance(error, torch.OutOfMemoryError) and ON not in said[1]
 
 
 def test_several_ranks_are_refused(work: Path) -> None:
