@@ -265,7 +265,11 @@ class TrainingConfig:
     )
     init_from: str | None = doc("Start from the weights of a run, checkpoint or export, with a fresh optimizer.", None)
     device: Literal["auto", "cpu", "cuda"] = doc("auto: cuda where there is one.", "auto")
-    cpu_threads: int | None = doc("Threads of each rank's matrix products on a CPU. null: torch's own choice, which is every core or OMP_NUM_THREADS.", None)
+    cpu_threads: int | None = doc(
+        "Threads of each rank's matrix products on a CPU, or, with a GPU, of an offloaded optimizer. null: torch's own choice, which is every core or "
+        "OMP_NUM_THREADS; for the optimizer beside a GPU every core but two.",
+        None,
+    )
     expert_parallel_size: int = doc("Ranks that share one set of experts.", 1)
     context_parallel_size: int = doc("Ranks that share one pack.", 1)
 
@@ -311,9 +315,13 @@ class KVCacheConfig:
 
 @dataclass(frozen=True)
 class ExpertOffloadingConfig:
-    """Experts in host memory. In training: the saved default of `nsa generate`."""
+    """Experts in host memory; gpu_budget_gib, policy and prefetch are of generation, in training its saved default."""
 
-    enabled: bool = doc("Keep the experts in host memory and bring them to the GPU as they are needed.", False)
+    enabled: bool = doc(
+        "Keep the routed experts in host memory and bring them to the GPU as they are needed; in training layer by layer in each pass, and the optimizer "
+        "is then in host memory too. One process.",
+        False,
+    )
     pin_memory: bool = doc(
         "With enabled: page-lock the host memory of the experts, so that the GPU reads it itself. false: copies go through the host, several times slower.",
         True,
@@ -340,6 +348,15 @@ class ExpertOffloadingConfig:
 
 
 @dataclass(frozen=True)
+class OptimizerOffloadingConfig:
+    enabled: bool = doc(
+        "Keep float32 weights, AdamW's moments and the sums of gradients in host memory and update them on the CPU, while the GPU goes on; it holds the "
+        "weights in the dtype that passes compute in. One process.",
+        False,
+    )
+
+
+@dataclass(frozen=True)
 class CudaKernelsConfig:
     enable_hbm_optimizations: bool = doc("CUDA kernels with TMA loads and L2-aware order.", False)
     enable_bank_conflict_avoidance: bool = doc("CUDA kernels with swizzled shared memory.", False)
@@ -356,7 +373,13 @@ class MemoryConfig:
     )
     kv_cache: KVCacheConfig = doc("Key/value cache.", factory=KVCacheConfig)
     expert_offloading: ExpertOffloadingConfig = doc("Experts in host memory.", factory=ExpertOffloadingConfig)
+    optimizer_offloading: OptimizerOffloadingConfig = doc("The optimizer in host memory, in training.", factory=OptimizerOffloadingConfig)
     cuda_kernels: CudaKernelsConfig = doc("The CUDA C++ extension.", factory=CudaKernelsConfig)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """In training: asked for, or because the experts are offloaded."""
+        return self.optimizer_offloading.enabled or self.expert_offloading.enabled
 
 
 @dataclass(frozen=True)
@@ -499,8 +522,6 @@ def unsupported_options(config: Config) -> list[str]:
     found = []
     if kv.quantization != "none":
         found.append(f"memory.kv_cache.quantization={kv.quantization} is not built yet; write memory.kv_cache.quantization=none")
-    if config.memory.expert_offloading.enabled:
-        found.append("memory.expert_offloading.enabled=true is not built yet; write memory.expert_offloading.enabled=false")
     for name in ("enable_hbm_optimizations", "enable_bank_conflict_avoidance"):
         if getattr(kernels, name):
             found.append(f"memory.cuda_kernels.{name}=true is not built yet; write memory.cuda_kernels.{name}=false")

@@ -30,6 +30,7 @@ from torch import Tensor
 from nsa_transformer.config import Config, ConfigError, build_config, to_dict
 from nsa_transformer.distributed.parallelize import assign, reshard, whole
 from nsa_transformer.distributed.world import World
+from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, master_of
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.utils.files import MARK, atomic_folder
 
@@ -141,7 +142,7 @@ def _gather(model: Transformer, optimizer: torch.optim.Optimizer, world: World) 
             into[name] = full.to("cpu", copy=True).contiguous()
 
     for name, parameter in model.named_parameters():
-        keep(weights, name, parameter)
+        keep(weights, name, master_of(optimizer, parameter))
         for key, value in optimizer.state.get(parameter, {}).items():
             keep(moments, f"{key}/{name}", value)
     for name, buffer in model.named_buffers():
@@ -153,14 +154,17 @@ def _gather(model: Transformer, optimizer: torch.optim.Optimizer, world: World) 
     return weights, moments
 
 
-def load_weights(path: Path, model: Transformer, elsewhere: Mapping[str, Callable[[Any], None]] | None = None) -> None:
-    """Copy `model.safetensors` of a folder into a model, sharded or not. Parameters named in `elsewhere` are not the model's to hold: what stands there takes
-    the tensor from the file, which it may slice before it is read.
+def load_weights(
+    path: Path, model: Transformer, optimizer: torch.optim.Optimizer | None = None, elsewhere: Mapping[str, Callable[[Any], None]] | None = None
+) -> None:
+    """Copy `model.safetensors` of a folder into a model, sharded or not, or into the masters of an offloaded optimizer. Parameters named in `elsewhere` are not
+    the model's to hold: what stands there takes the tensor from the file, which it may slice before it is read.
 
     Raises `ConfigError` where it is missing, damaged or of another shape, before anything is copied.
     """
     file = path / MODEL
-    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters = {name: parameter if optimizer is None else master_of(optimizer, parameter) for name, parameter in model.named_parameters()}
+    targets = parameters | dict(model.named_buffers())
     try:
         with safe_open(file, "pt") as saved:
             _match(file, {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}, targets)  # noqa: SIM118
@@ -169,6 +173,8 @@ def load_weights(path: Path, model: Transformer, elsewhere: Mapping[str, Callabl
                     elsewhere[name](saved.get_slice(name))
                 else:
                     assign(target, saved.get_tensor(name))
+        if isinstance(optimizer, OffloadedAdamW):
+            optimizer.publish()
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist; name a run, a checkpoint or an export") from None
     except (SafetensorError, OSError) as error:
@@ -191,7 +197,7 @@ def _match(file: Path, shapes: dict[str, list[int]], targets: dict[str, Tensor])
 
 def load_checkpoint_into(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
     """Restore weights, router biases, moments and RNG states; returns state.json. Raises `ConfigError` on any damage or other shape."""
-    load_weights(path, model)
+    load_weights(path, model, optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     try:
         with safe_open(path / OPTIMIZER, "pt") as saved:
@@ -201,18 +207,24 @@ def load_checkpoint_into(path: Path, model: Transformer, optimizer: torch.optim.
             for group in optimizer.param_groups if has_moments else ():
                 for parameter in group["params"]:
                     name = names[parameter]
-                    step = saved.get_tensor(f"step/{name}")
-                    state = {"step": step.to(world.device) if group["fused"] and world.device.type == "cuda" else step}
-                    for moment in MOMENTS:
-                        state[moment] = torch.zeros_like(parameter)
-                        assign(state[moment], saved.get_tensor(f"{moment}/{name}"))
-                    optimizer.state[parameter] = state
+                    state = _new_state(optimizer, parameter, group, world)
+                    for key, value in state.items():
+                        assign(value, saved.get_tensor(f"{key}/{name}"))
             torch.set_rng_state(saved.get_tensor("rng/cpu"))
             if world.device.type == "cuda" and "rng/cuda" in saved.keys():  # noqa: SIM118
                 torch.cuda.set_rng_state(saved.get_tensor("rng/cuda"))
         return json.loads((path / STATE).read_text())
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}); name another checkpoint, or training.resume=auto for the newest whole one") from None
+
+
+def _new_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, group: dict[str, Any], world: World) -> dict[str, Tensor]:
+    """Step count and moments of a parameter that has had no update yet, as AdamW keeps them."""
+    if isinstance(optimizer, OffloadedAdamW):
+        return optimizer.host_state(parameter)
+    step = torch.zeros((), device=world.device if group["fused"] and world.device.type == "cuda" else "cpu")
+    optimizer.state[parameter] = {"step": step} | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+    return optimizer.state[parameter]
 
 
 def resolve_weights(path: str, key: str) -> Path:

@@ -10,15 +10,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nsa_transformer.config import Config, ModelConfig
 from nsa_transformer.distributed.world import World
 from nsa_transformer.memory.activation_checkpointing import apply_activation_checkpointing
+from nsa_transformer.memory.compute_dtype import use_compute_dtype
+from nsa_transformer.memory.expert_streaming import stream_experts
+from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, master_of
 from nsa_transformer.models.transformer import Transformer, initial_value
 
 
 def build_model(config: Config, world: World) -> Transformer:
-    """Build on meta, parallelise, then give each rank the memory of its own share, not yet initialised."""
+    """Build on meta, parallelise, then give each rank the memory of its own share, not yet initialised: float32, or with an offloaded optimizer what passes
+    compute in."""
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, config, world)
-    model.to_empty(device=world.device)
+    if config.memory.offloads_optimizer:
+        use_compute_dtype(model, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+    if config.memory.expert_offloading.enabled:
+        stream_experts(model, world.device, config.memory.expert_offloading.pin_memory)
+    else:
+        model.to_empty(device=world.device)
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()
@@ -57,7 +66,9 @@ def reshard(model: Transformer) -> None:
             module.reshard()
 
 
-def draw_weights(model: Transformer, config: ModelConfig, seed: int, device: torch.device) -> None:
-    """The initial weights of `Transformer.init_weights(seed)`, whatever the number of ranks, one parameter at a time."""
+def draw_weights(model: Transformer, config: ModelConfig, seed: int, device: torch.device, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """The initial weights of `Transformer.init_weights(seed)`, whatever the number of ranks, one parameter at a time; into an offloaded optimizer's masters."""
     for name, parameter in model.named_parameters():
-        assign(parameter, initial_value(name, parameter.shape, config, seed, device))
+        assign(parameter if optimizer is None else master_of(optimizer, parameter), initial_value(name, parameter.shape, config, seed, device))
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.publish()

@@ -72,7 +72,7 @@ def _offloaded(folder: Path, config: Config, device: torch.device, dtype: torch.
         if not isinstance(module, MixtureOfExperts):  # its own parameters are the experts
             module.to_empty(device=device, recurse=False)
     store = offload_experts(model, device, offloading)
-    load_weights(folder, model, store.destinations(model))
+    load_weights(folder, model, elsewhere=store.destinations(model))
     return model
 
 

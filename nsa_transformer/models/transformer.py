@@ -92,6 +92,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, index, self.rope) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Called with the embedding, each block, and the last norm (for the output projection too) before a pass reads its weights: whoever still
+        # writes them lets the pass wait.
+        self.ready: Callable[[nn.Module], None] = _always_ready
 
     def forward(
         self,
@@ -125,12 +128,15 @@ class Transformer(nn.Module):
             cache.advance(len(tokens))
         layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device, start)
         self._check_lengths(layout.cu_seqlens)
+        self.ready(self.embedding)
         x = self.embedding(tokens)
         statistics = []
         for index, block in enumerate(self.layers):
+            self.ready(block)
             x, found = block(x, layout, valid, None if cache is None else cache.layers[index])
             if found is not None:
                 statistics.append(found)
+        self.ready(self.norm)
         x = self.norm(x[-1:] if last_only else x)
         weight = self.embedding.weight if self.head is None else self.head.weight
         if targets is None:
@@ -187,6 +193,10 @@ class Transformer(nn.Module):
         longest = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1 else 0
         if longest > self.config.max_position_embeddings:
             raise ValueError(f"a document of {longest} tokens passes max_position_embeddings={self.config.max_position_embeddings}; cut it")
+
+
+def _always_ready(_module: nn.Module) -> None:
+    pass
 
 
 def _run(forward: Callable[..., BlockOutput], *args: Any) -> BlockOutput:
