@@ -129,12 +129,16 @@ class MoEConfig:
     routed_scaling: float = doc("Factor on the renormalised routing weights.", 1.0)
     bias_update_rate: float = doc("Step of the balancing bias, once per optimizer step. 0 turns bias-based balancing off.", 0.001)
     sequence_loss_weight: float = doc("Weight of the sequence-wise balance loss. 0: off.", 0.0001)
+    global_loss_weight: float = doc(
+        "Weight of the balance loss over all tokens of an optimizer step, of all ranks and of its passes so far (arXiv 2501.11873). 0: off.", 0.0
+    )
     z_loss_weight: float = doc("Weight of the router z-loss. 0: off.", 0.0)
     forced_balance: bool = doc("For benchmarks: experts take turns whatever the router says, so all have the same load. The model learns no routing.", False)
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _not_negative(self, "num_experts", "num_shared_experts", "num_dense_layers", "bias_update_rate", "sequence_loss_weight", "z_loss_weight")
+        _not_negative(self, "num_experts", "num_shared_experts", "num_dense_layers", "bias_update_rate")
+        _not_negative(self, "sequence_loss_weight", "global_loss_weight", "z_loss_weight")
         _positive(self, "top_k", "expert_size", "routed_scaling", "num_groups", "top_groups")
         if self.num_experts:
             _need(

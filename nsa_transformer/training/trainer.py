@@ -23,6 +23,7 @@ from nsa_transformer.distributed.world import World, open_world
 from nsa_transformer.kernels.dispatch import choose_backend
 from nsa_transformer.models.moe import load_statistics
 from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
+from nsa_transformer.training.balance import StepLoad
 from nsa_transformer.training.console import Console
 from nsa_transformer.training.evaluate import Evaluation, evaluate
 from nsa_transformer.training.faults import OutOfMemory, Stopped, StopSignal, TrainingError, describe_out_of_memory
@@ -132,7 +133,7 @@ class Trainer:
         return 0
 
     def _passes(self, world: World, meter: Meter, stop: StopSignal) -> tuple[Tensor, Tensor, int] | None:
-        """Gradients of one optimizer step over `batch_size` packs, with the summed loss, expert loads and number of targets.
+        """Gradients of one optimizer step over `batch_size` packs, with the summed loss, the expert loads of all ranks and the number of targets.
 
         None where a signal came between two passes: a long step is given up, and made whole after the resume.
         """
@@ -142,7 +143,7 @@ class Trainer:
         meter.data_ready()
         # Every token of the step weighs the same, whatever pack, pass or rank it is in.
         num_targets = max(int(world.sum(torch.stack([(p.targets != IGNORE).sum() for p in packs]).sum())), 1)
-        loss, load = torch.zeros((), device=world.device), torch.zeros((), dtype=torch.int64, device=world.device)
+        loss, load = torch.zeros((), device=world.device), StepLoad(self.config.model.moe.global_loss_weight, world)
         for start in range(0, len(packs), config.micro_batch_size):
             if start and world.largest(stop.received):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -154,10 +155,9 @@ class Trainer:
                 out = self.model(pack.tokens, pack.cu_seqlens, targets=pack.targets, valid=pack.valid, loss_chunk_size=config.loss_chunk_size)
             assert isinstance(out, LossOutput)
             # FSDP2 averages gradients over ranks where a sum is wanted.
-            ((out.loss + out.auxiliary) * (world.size / num_targets)).backward()
+            (load.add(out) * (world.size / num_targets)).backward()
             loss += out.loss.detach()
-            load = load + out.load
-        return loss, load, num_targets
+        return loss, load.total(), num_targets
 
     def _update(self, loss: Tensor, load: Tensor, num_targets: int, world: World, meter: Meter) -> dict[str, Any] | None:
         """Clip, check, step; a row of metrics, or None where the update was skipped."""
@@ -171,7 +171,6 @@ class Trainer:
         finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if finite:
             self.optimizer.step()
-            load = world.sum(load)
             self.model.update_router_bias(load)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
