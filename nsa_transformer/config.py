@@ -270,7 +270,9 @@ class TrainingConfig:
     init_from: str | None = doc("Start from the weights of a run, checkpoint or export, with a fresh optimizer.", None)
     device: Literal["auto", "cpu", "cuda"] = doc("auto: cuda where there is one.", "auto")
     cpu_threads: int | None = doc("Threads of each rank's matrix products on a CPU. null: torch's own choice, which is every core or OMP_NUM_THREADS.", None)
-    expert_parallel_size: int = doc("Ranks that share one set of experts.", 1)
+    expert_parallel_size: int = doc(
+        "Ranks that share one set of experts; tokens travel to theirs by all-to-all. Divides the number of ranks and model.moe.num_experts.", 1
+    )
     context_parallel_size: int = doc("Ranks that share one pack.", 1)
 
     def __post_init__(self) -> None:
@@ -469,6 +471,10 @@ class Config:
             self.training.resume is None or self.training.init_from is None,
             "training.resume and training.init_from exclude each other: one continues a run, the other starts a new one; drop one of them",
         )
+        size, experts = self.training.expert_parallel_size, self.model.moe.num_experts
+        _need(size == 1 or experts > 0, f"training.expert_parallel_size={size} but model.moe.num_experts=0; write training.expert_parallel_size=1")
+        fits = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        _need(experts % size == 0, f"training.expert_parallel_size={size} does not divide model.moe.num_experts={experts}; write one of {fits}")
 
 
 def unsupported_options(config: Config) -> list[str]:
@@ -482,9 +488,8 @@ def unsupported_options(config: Config) -> list[str]:
     for name in ("enable_hbm_optimizations", "enable_bank_conflict_avoidance"):
         if getattr(kernels, name):
             found.append(f"memory.cuda_kernels.{name}=true is not built yet; write memory.cuda_kernels.{name}=false")
-    for name in ("expert_parallel_size", "context_parallel_size"):
-        if getattr(training, name) != 1:
-            found.append(f"training.{name}={getattr(training, name)} is not built yet; write training.{name}=1")
+    if training.context_parallel_size != 1:
+        found.append(f"training.context_parallel_size={training.context_parallel_size} is not built yet; write training.context_parallel_size=1")
     return found
 
 

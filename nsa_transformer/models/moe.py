@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from nsa_transformer.config import MoEConfig
 from nsa_transformer.kernels import experts
 
+# Takes `experts`, w13 and w2, and returns what the experts make of tokens that were dispatched, [T, hidden].
+Arrive = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
+
 
 class MLP(nn.Module):
     """SwiGLU, `[T, hidden]` to `[T, hidden]`."""
@@ -166,6 +169,8 @@ class MixtureOfExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.expert_size))
         self.shared = MLP(hidden_size, config.num_shared_experts * config.expert_size) if config.num_shared_experts else None
         self.experts: Callable[..., Tensor] = experts
+        # How tokens get to their experts: expert parallelism puts itself in here.
+        self.dispatch: Callable[[Tensor, Tensor, Tensor], Arrive] = _stay
         for parameter in (self.w13, self.w2):
             nn.init.normal_(parameter, std=0.02)
 
@@ -174,7 +179,13 @@ class MixtureOfExperts(nn.Module):
         indices, weights, logits = self.router(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y = self.experts(x.to(dtype), indices, weights, self.w13.to(dtype), self.w2.to(dtype))
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return y, self.router.statistics(logits, indices, document, num_documents, valid)
+        arrive = self.dispatch(x.to(dtype), indices, weights)
+        # Where tokens travel, this is done meanwhile; and what the backward needs of it stands before the way back, which then is not recomputed.
+        shared = None if self.shared is None else self.shared(x)
+        statistics = self.router.statistics(logits, indices, document, num_documents, valid)
+        y = arrive(self.experts, self.w13.to(dtype), self.w2.to(dtype))
+        return y if shared is None else y + shared, statistics
+
+
+def _stay(x: Tensor, indices: Tensor, weights: Tensor) -> Arrive:
+    return lambda experts, w13, w2: experts(x, indices, weights, w13, w2)

@@ -18,7 +18,8 @@ from nsa_transformer.data.loader import TextData, merge_packs, open_data, packs_
 from nsa_transformer.data.pack import IGNORE, Pack
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
-from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
+from nsa_transformer.distributed.expert_parallel import check_expert_parallel
+from nsa_transformer.distributed.parallelize import build_model, clip_gradients, draw_weights
 from nsa_transformer.distributed.world import World, open_world
 from nsa_transformer.kernels.dispatch import choose_backend
 from nsa_transformer.models.moe import load_statistics
@@ -166,7 +167,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = world.sum(loss) / num_targets
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+        grad_norm = clip_gradients(self.model.parameters(), config.max_grad_norm, world)
 
         finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if finite:
@@ -236,6 +237,7 @@ class Trainer:
                 f"training.batch_size={config.batch_size} must be a multiple of training.micro_batch_size={config.micro_batch_size} times {world.size} ranks; "
                 f"write training.batch_size={unit * max(1, round(config.batch_size / unit))}"
             )
+        check_expert_parallel(config.expert_parallel_size, world)
 
     def _prepare_run_dir(self, world: World) -> None:
         name = self.config.run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
