@@ -65,11 +65,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_the_same_run(found: Path, expected: Path) -> None:
+def assert_the_same_run(found: Path, expected: Path, rtol: float = 1e-5) -> None:
     """Three steps: loss, every gradient, loads, weights."""
     for step in range(3):
         one, other = (torch.load(run / f"step_{step}.pt", map_location="cpu") for run in (expected, found))
-        assert_close(other["grads"], one["grads"], 1e-4)
+        assert_close(other["grads"], one["grads"], rtol)
         assert torch.equal(other["load"], one["load"])
         for key in ("norm", "loss"):
             assert float(other[key]) == pytest.approx(float(one[key]), rel=1e-5)
@@ -231,9 +231,9 @@ def test_two_gpus(tmp_path: Path) -> None:
         job(tmp_path, "bf16", precision="bf16", **on_gpu),
         job(tmp_path, "apart_bf16", expert_parallel=2, precision="bf16", **on_gpu),
     )
-    assert_the_same_run(tmp_path / "apart", tmp_path / "together")
-    assert_the_same_run(tmp_path / "apart_full", tmp_path / "together")
-    assert_the_same_run(tmp_path / "apart_skewed", tmp_path / "skewed")
+    assert_the_same_run(tmp_path / "apart", tmp_path / "together", 1e-4)
+    assert_the_same_run(tmp_path / "apart_full", tmp_path / "together", 1e-4)
+    assert_the_same_run(tmp_path / "apart_skewed", tmp_path / "skewed", 1e-4)
     exact, plain, apart = (torch.load(tmp_path / name / "step_0.pt", map_location="cpu")["grads"] for name in ("together", "bf16", "apart_bf16"))
     for name, value in exact.items():
         error = float((plain[name] - value).norm())
