@@ -70,7 +70,7 @@ class ExpertParallel:
     def whole(self, part: Tensor) -> Tensor:
         """The tensor of all experts `[num_experts, …]`; every rank of the group must call."""
         full = part.new_empty(self.num_experts, *part.shape[1:])
-        dist.all_gather_into_tensor(full, part.contiguous(), group=self.group)
+        dist.all_gather(list(full.chunk(self.size)), part.contiguous(), group=self.group)
         return full
 
 

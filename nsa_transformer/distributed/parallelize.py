@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -42,12 +43,16 @@ def parallelize(model: Transformer, config: Config, world: World) -> None:
     if world.mesh is not None:
         for block in model.layers:
             if expert_mesh is not None and isinstance(block.mlp, MixtureOfExperts):
-                # FSDP2 shards a module's own parameters on one mesh. A mixture's own are the experts, on that of the ranks that hold the same ones.
-                for part in block.mlp.children():
-                    fully_shard(part, mesh=world.mesh)
-                fully_shard(block.mlp, mesh=expert_mesh["expert_data"])
+                shard_spread_experts(block.mlp, world.mesh, expert_mesh)
             fully_shard(block, mesh=world.mesh)
         fully_shard(model, mesh=world.mesh)
+
+
+def shard_spread_experts(mixture: MixtureOfExperts, mesh: DeviceMesh, expert_mesh: DeviceMesh) -> None:
+    """FSDP2 takes a module's own parameters to one mesh. A mixture's own are its experts, which go to the ranks that hold the same ones."""
+    for part in mixture.children():
+        fully_shard(part, mesh=mesh)
+    fully_shard(mixture, mesh=expert_mesh["expert_data"])
 
 
 class Shards:
