@@ -102,7 +102,7 @@ def _exchange_counts(counts: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Rows for each expert of each rank, int64 [P, E / P], to those that come from each rank to the experts here, the same shape; and on the CPU the rows
     sent to and received from each rank, int64 [2, P]. The one place where the host waits for the device: all-to-all wants lengths."""
     arriving = torch.empty_like(counts)
-    dist.all_to_all_single(arriving, counts, group=_resolve_process_group(group))  # type: ignore[arg-type] # a NewType of str since torch 2.12
+    dist.all_to_all_single(arriving, counts, group=_resolve_process_group(group))  # type: ignore[arg-type] # the name is a NewType of str
     return arriving, torch.stack([counts.sum(1), arriving.sum(1)]).cpu()
 
 

