@@ -129,12 +129,16 @@ class MoEConfig:
     routed_scaling: float = doc("Factor on the renormalised routing weights.", 1.0)
     bias_update_rate: float = doc("Step of the balancing bias, once per optimizer step. 0 turns bias-based balancing off.", 0.001)
     sequence_loss_weight: float = doc("Weight of the sequence-wise balance loss. 0: off.", 0.0001)
+    global_loss_weight: float = doc(
+        "Weight of the balance loss over all tokens of an optimizer step, of all ranks and of its passes so far (arXiv 2501.11873). 0: off.", 0.0
+    )
     z_loss_weight: float = doc("Weight of the router z-loss. 0: off.", 0.0)
     forced_balance: bool = doc("For benchmarks: experts take turns whatever the router says, so all have the same load. The model learns no routing.", False)
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _not_negative(self, "num_experts", "num_shared_experts", "num_dense_layers", "bias_update_rate", "sequence_loss_weight", "z_loss_weight")
+        _not_negative(self, "num_experts", "num_shared_experts", "num_dense_layers", "bias_update_rate")
+        _not_negative(self, "sequence_loss_weight", "global_loss_weight", "z_loss_weight")
         _positive(self, "top_k", "expert_size", "routed_scaling", "num_groups", "top_groups")
         if self.num_experts:
             _need(
@@ -270,7 +274,9 @@ class TrainingConfig:
         "OMP_NUM_THREADS; for the optimizer beside a GPU every core but two.",
         None,
     )
-    expert_parallel_size: int = doc("Ranks that share one set of experts.", 1)
+    expert_parallel_size: int = doc(
+        "Ranks that share one set of experts; tokens travel to theirs by all-to-all. Divides the number of ranks and model.moe.num_experts.", 1
+    )
     context_parallel_size: int = doc("Ranks that share one pack.", 1)
 
     def __post_init__(self) -> None:
@@ -514,6 +520,10 @@ class Config:
         )
         ahead, top_k = self.memory.expert_offloading.prefetch, self.model.moe.top_k
         _need(ahead <= top_k, f"memory.expert_offloading.prefetch={ahead} is more than model.moe.top_k={top_k}; write {top_k} or fewer")
+        size, experts = self.training.expert_parallel_size, self.model.moe.num_experts
+        _need(size == 1 or experts > 0, f"training.expert_parallel_size={size} but model.moe.num_experts=0; write training.expert_parallel_size=1")
+        fits = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        _need(experts % size == 0, f"training.expert_parallel_size={size} does not divide model.moe.num_experts={experts}; write one of {fits}")
 
 
 def unsupported_options(config: Config) -> list[str]:
@@ -525,9 +535,8 @@ def unsupported_options(config: Config) -> list[str]:
     for name in ("enable_hbm_optimizations", "enable_bank_conflict_avoidance"):
         if getattr(kernels, name):
             found.append(f"memory.cuda_kernels.{name}=true is not built yet; write memory.cuda_kernels.{name}=false")
-    for name in ("expert_parallel_size", "context_parallel_size"):
-        if getattr(training, name) != 1:
-            found.append(f"training.{name}={getattr(training, name)} is not built yet; write training.{name}=1")
+    if training.context_parallel_size != 1:
+        found.append(f"training.context_parallel_size={training.context_parallel_size} is not built yet; write training.context_parallel_size=1")
     return found
 
 

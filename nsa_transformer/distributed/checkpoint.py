@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nsa_transformer.config import Config, ConfigError, build_config, to_dict
-from nsa_transformer.distributed.parallelize import assign, reshard, whole
+from nsa_transformer.distributed.parallelize import Shards, reshard
 from nsa_transformer.distributed.world import World
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, master_of
 from nsa_transformer.models.transformer import Transformer
@@ -134,17 +134,18 @@ def _gather(model: Transformer, optimizer: torch.optim.Optimizer, world: World) 
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     reshard(model)
+    shards = Shards(model)
     assert set(optimizer.state) <= set(model.parameters())
 
-    def keep(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-        full = whole(tensor.detach())
+    def keep(into: dict[str, Tensor], name: str, tensor: Tensor, key: str = "") -> None:
+        full = shards.whole(name, tensor.detach())
         if world.is_main:
-            into[name] = full.to("cpu", copy=True).contiguous()
+            into[key + name] = full.to("cpu", copy=True).contiguous()
 
     for name, parameter in model.named_parameters():
         keep(weights, name, master_of(optimizer, parameter))
         for key, value in optimizer.state.get(parameter, {}).items():
-            keep(moments, f"{key}/{name}", value)
+            keep(moments, name, value, f"{key}/")
     for name, buffer in model.named_buffers():
         keep(weights, name, buffer)
     if world.is_main:
@@ -165,14 +166,16 @@ def load_weights(
     file = path / MODEL
     parameters = {name: parameter if optimizer is None else master_of(optimizer, parameter) for name, parameter in model.named_parameters()}
     targets = parameters | dict(model.named_buffers())
+    shards = Shards(model)
     try:
         with safe_open(file, "pt") as saved:
-            _match(file, {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}, targets)  # noqa: SIM118
+            found = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+            _match(file, found, {name: list(shards.shape(name, target)) for name, target in targets.items()})
             for name, target in targets.items():
                 if elsewhere is not None and name in elsewhere:
                     elsewhere[name](saved.get_slice(name))
                 else:
-                    assign(target, saved.get_tensor(name))
+                    shards.assign(name, target, saved.get_tensor(name))
         if isinstance(optimizer, OffloadedAdamW):
             optimizer.publish()
     except FileNotFoundError:
@@ -181,16 +184,15 @@ def load_weights(
         raise ConfigError(f"{file} is damaged ({error}); name another checkpoint") from None
 
 
-def _match(file: Path, shapes: dict[str, list[int]], targets: dict[str, Tensor]) -> None:
-    for name, target in targets.items():
+def _match(file: Path, shapes: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    for name, shape in wanted.items():
         if name not in shapes:
             raise ConfigError(f"{file} has no {name}: it is of another architecture; take its own model settings, from the config.yaml beside it")
-        if shapes[name] != list(target.shape):
+        if shapes[name] != shape:
             raise ConfigError(
-                f"{file} has {name} of shape {shapes[name]} where this model has {list(target.shape)}; "
-                "take its own model settings, from the config.yaml beside it"
+                f"{file} has {name} of shape {shapes[name]} where this model has {shape}; take its own model settings, from the config.yaml beside it"
             )
-    extra = sorted(set(shapes) - set(targets))
+    extra = sorted(set(shapes) - set(wanted))
     if extra:
         raise ConfigError(f"{file} has {extra[0]}, which this model has not; take its own model settings, from the config.yaml beside it")
 
@@ -198,7 +200,7 @@ def _match(file: Path, shapes: dict[str, list[int]], targets: dict[str, Tensor])
 def load_checkpoint_into(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
     """Restore weights, router biases, moments and RNG states; returns state.json. Raises `ConfigError` on any damage or other shape."""
     load_weights(path, model, optimizer)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names, shards = {parameter: name for name, parameter in model.named_parameters()}, Shards(model)
     try:
         with safe_open(path / OPTIMIZER, "pt") as saved:
             # Every update so far may have been skipped; then AdamW has no moments yet.
@@ -209,7 +211,7 @@ def load_checkpoint_into(path: Path, model: Transformer, optimizer: torch.optim.
                     name = names[parameter]
                     state = _new_state(optimizer, parameter, group, world)
                     for key, value in state.items():
-                        assign(value, saved.get_tensor(f"{key}/{name}"))
+                        shards.assign(name, value, saved.get_tensor(f"{key}/{name}"))
             torch.set_rng_state(saved.get_tensor("rng/cpu"))
             if world.device.type == "cuda" and "rng/cuda" in saved.keys():  # noqa: SIM118
                 torch.cuda.set_rng_state(saved.get_tensor("rng/cuda"))

@@ -38,13 +38,15 @@ class LossOutput:
     """What a pass over a pack gives to training.
 
     loss       float32, the summed negative log-likelihood in nats of all targets, or one value per token `[T]`
-    auxiliary  float32 scalar, router losses summed over real tokens
+    auxiliary  float32 scalar, router losses of this pass alone, summed over real tokens
     load       int64 [MoE layers, E], visits of real tokens to experts
+    share      float32 [MoE layers, E] for `global_balance_loss`, which needs the load of other passes and ranks too; None where it has no weight
     """
 
     loss: Tensor
     auxiliary: Tensor
     load: Tensor
+    share: Tensor | None
 
 
 BlockOutput = tuple[Tensor, RouterStatistics | None]
@@ -145,7 +147,8 @@ class Transformer(nn.Module):
         auxiliary = torch.stack([s.auxiliary for s in statistics]).sum() if statistics else x.new_zeros((), dtype=torch.float32)
         num_experts = self.config.moe.num_experts
         load = torch.stack([s.load for s in statistics]) if statistics else torch.zeros(0, num_experts, dtype=torch.int64, device=x.device)
-        return LossOutput(loss, auxiliary, load)
+        shares = [s.share for s in statistics if s.share is not None]
+        return LossOutput(loss, auxiliary, load, torch.stack(shares) if shares else None)
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""

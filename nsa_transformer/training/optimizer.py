@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nsa_transformer.config import TrainingConfig
-from nsa_transformer.distributed.parallelize import whole
+from nsa_transformer.distributed.parallelize import clip_gradients
+from nsa_transformer.distributed.world import World
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.utils.hardware import usable_cores
@@ -31,11 +32,11 @@ def build_optimizer(model: Transformer, config: TrainingConfig, offload_from: to
     return OffloadedAdamW(model, groups, **rates, device=offload_from, threads=threads)
 
 
-def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """The global norm of the gradients, which are scaled down to `max_norm`."""
+def clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, world: World) -> Tensor:
+    """The global norm of the gradients, which are scaled down to `max_norm`. Every rank must call."""
     if isinstance(optimizer, OffloadedAdamW):
         return optimizer.clip(max_norm)
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    return clip_gradients(model.parameters(), max_norm, world)
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

@@ -18,18 +18,20 @@ from nsa_transformer.data.loader import TextData, merge_packs, open_data, packs_
 from nsa_transformer.data.pack import IGNORE, Pack
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
+from nsa_transformer.distributed.expert_parallel import check_expert_parallel
 from nsa_transformer.distributed.parallelize import build_model, draw_weights
 from nsa_transformer.distributed.world import World, open_world
 from nsa_transformer.kernels.dispatch import choose_backend
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.moe import load_statistics
 from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
+from nsa_transformer.training.balance import StepLoad
 from nsa_transformer.training.console import Console
 from nsa_transformer.training.evaluate import Evaluation, evaluate
 from nsa_transformer.training.faults import OutOfMemory, Stopped, StopSignal, TrainingError, describe_out_of_memory
 from nsa_transformer.training.meter import Meter
 from nsa_transformer.training.metrics import MetricsWriter
-from nsa_transformer.training.optimizer import build_optimizer, clip_gradients, learning_rate
+from nsa_transformer.training.optimizer import build_optimizer, clip, learning_rate
 from nsa_transformer.training.profiling import Profiler
 from nsa_transformer.training.report import write_report
 from nsa_transformer.training.resume import find_start
@@ -134,7 +136,7 @@ class Trainer:
         return 0
 
     def _passes(self, world: World, meter: Meter, stop: StopSignal) -> tuple[Tensor, Tensor, int] | None:
-        """Gradients of one optimizer step over `batch_size` packs, with the summed loss, expert loads and number of targets.
+        """Gradients of one optimizer step over `batch_size` packs, with the summed loss, the expert loads of all ranks and the number of targets.
 
         None where a signal came between two passes: a long step is given up, and made whole after the resume.
         """
@@ -144,7 +146,7 @@ class Trainer:
         meter.data_ready()
         # Every token of the step weighs the same, whatever pack, pass or rank it is in.
         num_targets = max(int(world.sum(torch.stack([(p.targets != IGNORE).sum() for p in packs]).sum())), 1)
-        loss, load = torch.zeros((), device=world.device), torch.zeros((), dtype=torch.int64, device=world.device)
+        loss, load = torch.zeros((), device=world.device), StepLoad(self.config.model.moe.global_loss_weight, world)
         for start in range(0, len(packs), config.micro_batch_size):
             if start and world.largest(stop.received):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -156,10 +158,9 @@ class Trainer:
                 out = self.model(pack.tokens, pack.cu_seqlens, targets=pack.targets, valid=pack.valid, loss_chunk_size=config.loss_chunk_size)
             assert isinstance(out, LossOutput)
             # FSDP2 averages gradients over ranks where a sum is wanted.
-            ((out.loss + out.auxiliary) * (world.size / num_targets)).backward()
+            (load.add(out) * (world.size / num_targets)).backward()
             loss += out.loss.detach()
-            load = load + out.load
-        return loss, load, num_targets
+        return loss, load.total(), num_targets
 
     def _update(self, loss: Tensor, load: Tensor, num_targets: int, world: World, meter: Meter) -> dict[str, Any] | None:
         """Clip, check, step; a row of metrics, or None where the update was skipped."""
@@ -168,12 +169,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = world.sum(loss) / num_targets
-        grad_norm = clip_gradients(self.model, self.optimizer, config.max_grad_norm)
+        grad_norm = clip(self.model, self.optimizer, config.max_grad_norm, world)
 
         finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if finite:
             self.optimizer.step()
-            load = world.sum(load)
             self.model.update_router_bias(load)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -240,6 +240,7 @@ class Trainer:
                 f"training.batch_size={config.batch_size} must be a multiple of training.micro_batch_size={config.micro_batch_size} times {world.size} ranks; "
                 f"write training.batch_size={unit * max(1, round(config.batch_size / unit))}"
             )
+        check_expert_parallel(config.expert_parallel_size, world)
 
     def _check_offloading(self, world: World) -> None:
         memory, model = self.config.memory, self.config.model
