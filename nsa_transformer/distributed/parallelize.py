@@ -86,7 +86,7 @@ class Shards:
 
     def assign(self, name: str, target: Tensor, full: Tensor) -> None:
         """Copy a whole tensor into a parameter or moment, of which a sharded one takes its own part."""
-        experts = self._spread.get(name)
+        experts = self._spread.get(name) if full.dim() else None
         full = full.to(target.device, target.dtype)
         full = full if experts is None else experts.own(full)
         with torch.no_grad():

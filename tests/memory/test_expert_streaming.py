@@ -145,7 +145,8 @@ def test_a_run_on_a_gpu_is_the_same(work: Path, settings: tuple[str, ...], pin: 
     streamed = run(work, "streamed", ON, f"memory.expert_offloading.pin_memory={pin}", *settings)[0]
     for key in ("loss", "val_loss", "grad_norm"):
         found = [[row[key] for row in rows if key in row] for rows in (offloaded, streamed)]
-        assert found[1] == pytest.approx(found[0], rel=1e-4), key
+        # Compiled, each run's kernels are chosen and rounded for themselves: norms differed by up to 6e-4 on an H200.
+        assert found[1] == pytest.approx(found[0], rel=2e-3 if "training.compile=true" in settings else 1e-4), key
 
 
 @pytest.mark.gpu

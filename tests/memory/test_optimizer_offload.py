@@ -23,13 +23,14 @@ from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.training.faults import Stopped, describe_out_of_memory
 from nsa_transformer.training.metrics import read_metrics
-from nsa_transformer.training.optimizer import build_optimizer, clip_gradients
+from nsa_transformer.training.optimizer import build_optimizer, clip
 from nsa_transformer.training.trainer import Trainer
 
 from ..models.small import random_tokens
 from ..models.small import small_config as small_model_config
 from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
 from .stand_ins import stand_in_for_cuda
+
 
 ON = "memory.optimizer_offloading.enabled=true"
 # Four passes a step, and gradients that are clipped in every step.
@@ -266,7 +267,7 @@ def trained(offload: bool, steps: int = 3, dtype: torch.dtype = torch.float32, m
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 out = model(tokens, targets=tokens.roll(-1))
             (out.loss + out.auxiliary).backward()
-        clip_gradients(model, optimizer, max_norm)
+        clip(model, optimizer, max_norm, CPU)
         optimizer.step()
         optimizer.zero_grad()
     found = {name: optimizer_offload.master_of(optimizer, p).detach().clone() for name, p in model.named_parameters()}
@@ -335,7 +336,7 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
                 optimizer.master(parameter).copy_(value.detach())
             optimizer.publish()
         (model.embedding.weight.square().sum() + model.layers[0].mlp.gate_up.weight.sum()).backward()
-        norm = clip_gradients(model, optimizer, 1.0)
+        norm = clip(model, optimizer, 1.0, CPU)
         optimizer.step()
         optimizer.zero_grad()
         values = [optimizer_offload.master_of(optimizer, p).detach().clone() for p in model.parameters()]
