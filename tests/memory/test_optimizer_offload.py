@@ -31,7 +31,6 @@ from ..models.small import small_config as small_model_config
 from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
 from .stand_ins import stand_in_for_cuda
 
-
 ON = "memory.optimizer_offloading.enabled=true"
 # Four passes a step, and gradients that are clipped in every step.
 SETTINGS = (*QUIET, "training.batch_size=4", "training.micro_batch_size=1", "training.max_grad_norm=0.5")
