@@ -121,6 +121,26 @@ def test_the_next_layer_is_waited_for_before_it_is_brought(work: Path) -> None:
     assert started == [1, 2, 3, 2, 1, 0] and not stream.forwards
 
 
+def test_a_layer_is_not_copied_again_for_what_is_written_into_another(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one's update, which goes on meanwhile."""
+    copied = copied_layers(monkeypatch)
+    model = build_model(small_config(work, *SETTINGS, ON, "training.precision=fp32"), CPU)
+    first, second = [m.experts for m in mixtures(model)][:2]
+    assert isinstance(first, StreamedExperts) and isinstance(second, StreamedExperts)
+    of_first, of_second = ([host_weights(model)[p] for p in (m.w13, m.w2)] for m in list(mixtures(model))[:2])
+    first._stream.bring(0)
+    for weight in of_second:
+        weight.fill_(1.0)
+    first._stream.bring(0)
+    assert copied == [0]
+    for weight in of_first:
+        weight.fill_(2.0)
+        first._stream.bring(0)
+    assert copied == [0, 0, 0] and all(bool((w == 2).all()) for w in first.views())
+    second._stream.bring(1)
+    assert copied[3:] == [1] and all(bool((w == 1).all()) for w in second.views())
+
+
 def test_a_model_without_experts_is_refused(work: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no experts; write memory\.optimizer_offloading\.enabled=true"):
         Trainer(small_config(work, *SETTINGS, ON, "model.moe.num_experts=0")).train()
