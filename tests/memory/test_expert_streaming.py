@@ -71,8 +71,11 @@ def test_a_run_is_the_same_bit_for_bit(work: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same(work: Path) -> None:
-    plain = run(work, "plain", "training.compile=true", "training.max_steps=2")
-    assert run(work, "streamed", "training.compile=true", "training.max_steps=2", ON)[0] == plain[0]
+    """But for rounding: the graph is cut at streamed experts, so what lies around them is fused otherwise."""
+    settings = ("training.compile=true", "training.max_steps=2")
+    plain, streamed = run(work, "plain", *settings)[0], run(work, "streamed", *settings, ON)[0]
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert [row[key] for row in streamed if key in row] == pytest.approx([row[key] for row in plain if key in row], rel=1e-6), key
 
 
 def test_a_run_goes_on_with_and_without(work: Path) -> None:
