@@ -36,7 +36,8 @@ def stream_experts(model: Transformer, device: torch.device, pin_memory: bool) -
         del mixture.w13, mixture.w2  # or `to_empty` would give them memory
     model.to_empty(device=device)
     flat = host_zeros(sum(w.numel() for weights in like for w in weights), like[0][0].dtype)
-    parts = iter(flat.split([w.numel() for weights in like for w in weights]))
+    # `.data`: views would count each other's writes, and a layer would be copied again because the next one is still being updated.
+    parts = (part.data for part in flat.split([w.numel() for weights in like for w in weights]))
     stream = _Stream([(next(parts).view(w13.shape), next(parts).view(w2.shape)) for w13, w2 in like], device)
     if pin_memory and device.type == "cuda":
         page_lock(flat, stream, "memory.expert_offloading.pin_memory")

@@ -7,6 +7,7 @@ import mmap
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -28,7 +29,8 @@ def host_zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(count, dtype=dtype)
     # Private: the system has huge pages for shared memory, mmap's default, only where it was set up for that. Taking 1 GiB is a seventh of the work with them.
     pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a hint, which kernels built without huge pages refuse
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=count)
 
 

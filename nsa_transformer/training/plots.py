@@ -66,6 +66,11 @@ def _series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
+def _dot(steps: np.ndarray) -> str | None:
+    """The marker of a curve: of a single point there is no line to be seen."""
+    return "o" if len(steps) == 1 else None
+
+
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over up to `window` values around each, fewer at both ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -84,7 +89,7 @@ def _loss(rows: Rows) -> Any:
     _tidy(axes, "Loss", "step", "nats per token")
     if len(train[0]):
         window = len(train[0]) // 25 // 2 * 2 + 1  # odd: a value and as many on either side
-        axes.plot(*train, color=BLUE, linewidth=0.8, alpha=0.35 if window > 1 else 1.0, label="training")
+        axes.plot(*train, color=BLUE, linewidth=0.8, alpha=0.35 if window > 1 else 1.0, marker=_dot(train[0]), label="training")
         if window > 1:
             axes.plot(train[0], _smooth(train[1], window), color=BLUE, linewidth=2, label=f"training, mean of {window} rows")
     if len(val[0]):
@@ -103,7 +108,8 @@ def _loss(rows: Rows) -> Any:
     bits.plot(*bpb, color=VERMILLION, linewidth=1, marker="o", markersize=4)
     rate = figure.add_subplot(grid[1, 1], sharex=axes)
     _tidy(rate, "Learning rate", "step", "")
-    rate.plot(*_series(rows, "lr"), color=GREY, linewidth=1.5)
+    rates = _series(rows, "lr")
+    rate.plot(*rates, color=GREY, linewidth=1.5, marker=_dot(rates[0]))
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
     return figure
@@ -185,8 +191,8 @@ def _expert_load(rows: Rows) -> Any:
         _tidy(axes, f"Busiest expert over the mean (1 = balanced{'; thin: each layer' if layers else ''})", "step", "max / mean")
         if layers:
             steps, by_layer = zip(*layers, strict=True)
-            axes.plot(steps, np.array(by_layer, dtype=float), color=BLUE, linewidth=0.8, alpha=0.45)
-        axes.plot(*worst, color=BLUE, linewidth=2)
+            axes.plot(steps, np.array(by_layer, dtype=float), color=BLUE, linewidth=0.8, alpha=0.45, marker=_dot(np.array(steps)))
+        axes.plot(*worst, color=BLUE, linewidth=2, marker=_dot(worst[0]))
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
         axes.set_ylim(0.9, max(1.5, 1.05 * float(worst[1].max())))
     return figure

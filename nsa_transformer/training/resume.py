@@ -115,7 +115,7 @@ def _refuse_tree(path: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 # Settings of the model that shape neither weights nor what they mean.
-MAY_CHANGE = ("model.moe.bias_update_rate", "model.moe.sequence_loss_weight", "model.moe.z_loss_weight")
+MAY_CHANGE = tuple(f"model.moe.{name}" for name in ("bias_update_rate", "sequence_loss_weight", "global_loss_weight", "z_loss_weight"))
 
 
 def _refuse(key: str, saved: Any, now: Any) -> None:

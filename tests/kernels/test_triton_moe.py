@@ -51,6 +51,16 @@ def test_shapes(shape: dict[str, int]) -> None:
     check(make(dtype=torch.float16, **SMALL | shape))
 
 
+@pytest.mark.parametrize("num", [1, 200, (1 << 15) - 1, 1 << 15, (1 << 15) + 1])
+def test_routing_by_keys_of_either_width(num: int) -> None:
+    from nsa_transformer.kernels.triton.experts import make_routing
+
+    indices = torch.tensor([[num - 1, 0], [num // 2, num - 1], [0, num // 3]])
+    routing = make_routing(indices, num)
+    assert routing.order.tolist() == indices.flatten().argsort(stable=True).tolist()
+    assert routing.offsets.tolist() == [0, *torch.bincount(indices.flatten(), minlength=num).cumsum(0).tolist()]
+
+
 def test_the_definition() -> None:
     case = make(dtype=torch.float32, **SMALL)
     exact = answer(to(case, torch.float64), loop)

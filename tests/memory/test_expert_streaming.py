@@ -71,8 +71,11 @@ def test_a_run_is_the_same_bit_for_bit(work: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same(work: Path) -> None:
-    plain = run(work, "plain", "training.compile=true", "training.max_steps=2")
-    assert run(work, "streamed", "training.compile=true", "training.max_steps=2", ON)[0] == plain[0]
+    """But for rounding: the graph is cut at streamed experts, so what lies around them is fused otherwise."""
+    settings = ("training.compile=true", "training.max_steps=2")
+    plain, streamed = run(work, "plain", *settings)[0], run(work, "streamed", *settings, ON)[0]
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert [row[key] for row in streamed if key in row] == pytest.approx([row[key] for row in plain if key in row], rel=1e-6), key
 
 
 def test_a_run_goes_on_with_and_without(work: Path) -> None:
@@ -119,6 +122,26 @@ def test_the_next_layer_is_waited_for_before_it_is_brought(work: Path) -> None:
     assert started == [1, 2, 3] and stream.forwards
     out.loss.backward()
     assert started == [1, 2, 3, 2, 1, 0] and not stream.forwards
+
+
+def test_a_layer_is_not_copied_again_for_what_is_written_into_another(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one's update, which goes on meanwhile."""
+    copied = copied_layers(monkeypatch)
+    model = build_model(small_config(work, *SETTINGS, ON, "training.precision=fp32"), CPU)
+    first, second = [m.experts for m in mixtures(model)][:2]
+    assert isinstance(first, StreamedExperts) and isinstance(second, StreamedExperts)
+    of_first, of_second = ([host_weights(model)[p] for p in (m.w13, m.w2)] for m in list(mixtures(model))[:2])
+    first._stream.bring(0)
+    for weight in of_second:
+        weight.fill_(1.0)
+    first._stream.bring(0)
+    assert copied == [0]
+    for weight in of_first:
+        weight.fill_(2.0)
+        first._stream.bring(0)
+    assert copied == [0, 0, 0] and all(bool((w == 2).all()) for w in first.views())
+    second._stream.bring(1)
+    assert copied[3:] == [1] and all(bool((w == 1).all()) for w in second.views())
 
 
 def test_a_model_without_experts_is_refused(work: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nsa_transformer.training.plots import _expert_load, _limits, _smooth, write_plots
+from nsa_transformer.training.plots import _expert_load, _limits, _loss, _smooth, write_plots
 
 pytest.importorskip("matplotlib")
 
@@ -46,6 +46,16 @@ def test_the_heat_map_is_of_the_newest_load(tmp_path: Path) -> None:
         f"Expert load of {kind}, step {s} (1 = even share, {e} experts)" for kind, s, e in (("training", 2, 2), ("training", 2, 2), ("validation", 3, 4))
     ]
     assert len(_expert_load(train).axes[1].lines) == 4, "two layers, the worst, and the even share"
+
+
+def test_a_single_row_is_seen() -> None:
+    """As dots, since it has no line; two have one."""
+    balance = {"expert_balance": {"max_over_mean": [1.0, 1.5]}}
+    for count in (1, 2):
+        data = [row | balance if "loss" in row else row for row in rows(count)]
+        loss, _, rate = _loss(data).axes
+        curves = [loss.lines[0], *rate.lines, *_expert_load(data).axes[1].lines[:-1]]  # the last is the even share
+        assert [curve.get_marker() for curve in curves] == ["o" if count == 1 else "None"] * 5
 
 
 def test_what_has_no_data_is_not_drawn(tmp_path: Path) -> None:

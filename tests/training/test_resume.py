@@ -90,6 +90,7 @@ def test_an_override_need_not_fit_the_defaults_it_was_composed_with(work: Path) 
         ("logging.wandb.project=x", lambda c: c.logging.wandb.project == "x"),
         ("memory.activation_checkpointing=full", lambda c: c.memory.activation_checkpointing == "full"),
         ("model.moe.bias_update_rate=0.5", lambda c: c.model.moe.bias_update_rate == 0.5),
+        ("model.moe.global_loss_weight=0.5", lambda c: c.model.moe.global_loss_weight == 0.5),
         ("memory=base", lambda c: c.memory.activation_checkpointing == "none"),
     ],
 )

@@ -64,7 +64,7 @@ class Routing:
 
 
 def make_routing(indices: Tensor, num_experts: int) -> Routing:
-    narrow = torch.int16 if num_experts <= 1 << 15 else torch.int32  # a radix sort takes as many passes as the keys have bytes
+    narrow = torch.int16 if num_experts < 1 << 15 else torch.int32  # a radix sort takes as many passes as the keys have bytes
     expert, order = indices.flatten().to(narrow).sort(stable=True)
     return Routing(order, torch.searchsorted(expert, torch.arange(num_experts + 1, dtype=narrow, device=expert.device), out_int32=True))
 
