@@ -1,0 +1,126 @@
+"""Decoding from pages and rings against `nsa_attention` on the same keys and values laid out plainly."""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_transformer.config import NSAConfig
+from nsa_transformer.kernels import nsa_attention
+from nsa_transformer.kernels.decode import nsa_decode
+from nsa_transformer.kernels.dispatch import triton_missing
+from nsa_transformer.kernels.paged import PAGE_ROWS, PagedKeysValues, page_tokens, recent_tokens, ring_tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = NSAConfig(8, 4, 16, 5, 1, 2, 50)  # pages of 256 tokens
+BACKENDS = ["reference", *(["triton"] if triton_missing() is None else [])]
+
+
+def sequences(lengths: list[int], config: NSAConfig, dtype: torch.dtype, hkv: int, dk: int, dv: int, seed: int = 0) -> list[list[Tensor]]:
+    """k_cmp, v_cmp, k_slc, v_slc, k_win, v_win of each, as `nsa_attention` takes them, in float64 numbers that `dtype` holds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(rows: int, width: int) -> Tensor:
+        return torch.randn(rows, hkv, width, generator=generator).to(dtype).to(DEVICE)
+
+    found = []
+    for length in lengths:
+        compressed = max(0, (length - config.compress_block) // config.compress_stride + 1)
+        found.append([rand(rows, width) for rows in (compressed, length, length) for width in (dk, dv)])
+    return found
+
+
+def paged(parts: list[list[Tensor]], config: NSAConfig, dtype: torch.dtype, spare: int = 2, seed: int = 1) -> PagedKeysValues:
+    """The same in a cache: pages in a random order, everything that nobody should read NaN."""
+    lengths = [len(part[2]) for part in parts]
+    span, ring = page_tokens(config), ring_tokens(config)
+    needed = [-(-length // span) for length in lengths]
+    order = torch.randperm(sum(needed) + spare, generator=torch.Generator().manual_seed(seed)).tolist()
+    hkv = parts[0][2].shape[1]
+    widths = [parts[0][2].shape[2], parts[0][3].shape[2]]
+
+    def empty(count: int, rows: int) -> list[Tensor]:
+        return [torch.full((count, hkv, rows, width), torch.nan, dtype=dtype, device=DEVICE) for width in widths]
+
+    cmp, slc, win = empty(len(order), PAGE_ROWS), empty(len(order), span), empty(len(parts), ring)
+    table = torch.full((len(parts), max(needed) + 1), 1 << 30, dtype=torch.int32)
+    for b, part in enumerate(parts):
+        for p in range(needed[b]):
+            page = order.pop()
+            table[b, p] = page
+            for i in range(2):
+                for store, x, rows in ((cmp[i], part[i], PAGE_ROWS), (slc[i], part[2 + i], span)):
+                    piece = x[p * rows : (p + 1) * rows]
+                    store[page, :, : len(piece)] = piece.transpose(0, 1)
+        t = torch.arange(max(0, lengths[b] - ring), lengths[b])
+        for i in range(2):
+            win[i][b][:, t % ring] = part[4 + i][t].transpose(0, 1)
+    return PagedKeysValues(table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), *cmp, *slc, *win)
+
+
+def check(lengths: list[int], config: NSAConfig = SMALL, dtype: torch.dtype = torch.float32, hkv: int = 2, group: int = 2, dk: int = 64, dv: int = 64, backend: str = "triton") -> None:
+    """Output within twice the error of the plain computation in the same dtype; blocks the reference's."""
+    parts = sequences(lengths, config, dtype, hkv, dk, dv)
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(len(lengths), hkv * group, dk, generator=generator).to(dtype).to(DEVICE)
+    gates = torch.rand(len(lengths), hkv * group, 3, generator=generator).to(DEVICE)
+    out, blocks = nsa_decode(q, gates, paged(parts, config, dtype), config, backend=backend, return_blocks=True)
+    assert out.shape == (len(lengths), hkv * group, dv) and out.dtype == dtype and blocks.shape == (len(lengths), hkv, config.num_selected)
+    for b, length in enumerate(lengths):
+        if length == 0:
+            assert not out[b].any()
+            continue
+        one = slice(b, b + 1)
+        exact, chosen = nsa_attention(
+            q[one].double(), *(x.double() for x in parts[b]), gates[one].double(), config, backend="reference", return_blocks=True
+        )
+        assert torch.equal(blocks[b], chosen[0])
+        plain = nsa_attention(q[one], *parts[b], gates[one], config, backend="reference", blocks=chosen)
+        error, allowed = (out[b].double() - exact[0]).abs().max(), (plain[0].double() - exact[0]).abs().max()
+        assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps, f"length {length}: {error:.3g}, plain {allowed:.3g}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [[1], [7, 8, 9, 0, 15, 16, 17], [255, 256, 257], [300, 1, 771], [513, 0, 64, 80, 81]], ids=str)
+def test_lengths(lengths: list[int], backend: str) -> None:
+    check(lengths, backend=backend)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason=f"no Triton here: {triton_missing()}")
+class TestTriton:
+    @pytest.mark.parametrize("remainder", range(0, 16, 3))
+    def test_every_remainder(self, remainder: int) -> None:
+        check([160 + remainder, 272 + remainder])
+
+    @pytest.mark.parametrize("group", [1, 3, 16, 20])
+    def test_groups(self, group: int) -> None:
+        check([330, 70], group=group, hkv=1)
+
+    @pytest.mark.parametrize(("dk", "dv"), [(64, 128), (192, 128), (256, 64)])
+    def test_widths(self, dk: int, dv: int) -> None:
+        check([300], dk=dk, dv=dv, hkv=1)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            NSAConfig(8, 8, 8, 4, 1, 2, 30),  # blocks that do not overlap, as many as compressed keys
+            NSAConfig(16, 4, 16, 4, 0, 1, 64),
+            NSAConfig(8, 4, 32, 3, 1, 2, 1),  # forced blocks alone
+            NSAConfig(32, 16, 64, 6, 1, 2, 100),
+        ],
+        ids=str,
+    )
+    def test_geometries(self, config: NSAConfig) -> None:
+        check([37 * config.compress_stride + 3, 70 * config.compress_stride + 1, config.compress_block - 1], config)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])], ids=str)
+    def test_16_bit(self, dtype: torch.dtype) -> None:
+        check([600, 33], dtype=dtype)
+
+    def test_two_runs_are_the_same_bits(self) -> None:
+        parts = sequences([700, 30], SMALL, torch.float32, 2, 64, 64)
+        q, gates = torch.randn(2, 4, 64, device=DEVICE), torch.rand(2, 4, 3, device=DEVICE)
+        first, second = (nsa_decode(q, gates, paged(parts, SMALL, torch.float32, seed=seed), SMALL, backend="triton") for seed in (1, 2))
+        assert torch.equal(first, second)
