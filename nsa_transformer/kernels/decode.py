@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.dispatch import check_backend_name, choose_backend
 from nsa_transformer.kernels.nsa import nsa_attention
-from nsa_transformer.kernels.paged import PAGE_ROWS, PagedKeysValues, page_tokens, recent_tokens, ring_tokens
+from nsa_transformer.kernels.paged import PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens
 
 
 def nsa_decode(
@@ -56,29 +56,24 @@ def nsa_decode(
 
 
 def gather_sequence(cache: PagedKeysValues, sequence: int, config: NSAConfig, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """k_cmp, v_cmp, k_slc, v_slc, k_win, v_win of one sequence as `nsa_attention` takes them. Window rows that have left the ring are not set."""
-    length = int(cache.lengths[sequence])
+    """k_cmp, v_cmp, k_slc, v_slc, k_win, v_win of one sequence as `nsa_attention` takes them. Rows that have left the window's ring are not set."""
+    length, pages = int(cache.lengths[sequence]), cache.pages[sequence].long()
     rows = max(0, (length - config.compress_block) // config.compress_stride + 1)
-    span = page_tokens(config)
-    pages = cache.pages[sequence, : -(-length // span)].long()
-
-    def whole(x: Tensor, count: int) -> Tensor:
-        return x[pages].transpose(1, 2).flatten(0, 1)[:count]
-
-    position = torch.arange(length, device=cache.pages.device)
-    k_cmp, v_cmp = whole(cache.k_cmp, rows), whole(cache.v_cmp, rows)
-    k_slc, v_slc = whole(cache.k_slc, length).to(dtype), whole(cache.v_slc, length).to(dtype)
-    if cache.k_scale is not None:
-        assert cache.v_scale is not None and cache.k_recent is not None and cache.v_recent is not None
-        k_slc, v_slc = k_slc * whole(cache.k_scale, length)[..., None].to(dtype), v_slc * whole(cache.v_scale, length)[..., None].to(dtype)
-        first = max(0, length - cache.threshold) // config.select_block * config.select_block
-        place = position[first:] % cache.k_recent.shape[2]
-        k_slc[first:], v_slc[first:] = cache.k_recent[sequence, :, place].transpose(0, 1), cache.v_recent[sequence, :, place].transpose(0, 1)
-    k_win, v_win = torch.empty_like(k_slc), torch.empty_like(v_slc)
-    newest = position[-cache.k_win.shape[2] :]
-    k_win[newest] = cache.k_win[sequence, :, newest % cache.k_win.shape[2]].transpose(0, 1)
-    v_win[newest] = cache.v_win[sequence, :, newest % cache.v_win.shape[2]].transpose(0, 1)
-    return k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
+    position = torch.arange(length, device=pages.device)
+    quantized = (cache.k_scale, cache.v_scale), (cache.k_recent, cache.v_recent)
+    selected, window = [], []
+    for pool, scale, recent, ring in zip((cache.k_slc, cache.v_slc), *quantized, (cache.k_win, cache.v_win), strict=True):
+        x = gather_pages(pool, pages, length).to(dtype)
+        if scale is not None:
+            assert recent is not None
+            x = x * gather_pages(scale, pages, length)[..., None].to(dtype)
+            newer = position[max(0, length - cache.threshold) // config.select_block * config.select_block :]
+            x[newer] = recent[sequence][:, newer % recent.shape[2]].transpose(0, 1)
+        selected.append(x)
+        newest = position[-ring.shape[2] :]
+        window.append(torch.zeros_like(x))
+        window[-1][newest] = ring[sequence][:, newest % ring.shape[2]].transpose(0, 1)
+    return gather_pages(cache.k_cmp, pages, rows), gather_pages(cache.v_cmp, pages, rows), *selected, *window
 
 
 def _reference(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float) -> tuple[Tensor, Tensor]:
@@ -109,8 +104,8 @@ def _check(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig) 
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "k_slc": ((count, kv_heads, page_tokens(config), dk), stored),
         "v_slc": ((count, kv_heads, page_tokens(config), dv), stored),
-        "k_cmp": ((count, kv_heads, PAGE_ROWS, dk), q.dtype),
-        "v_cmp": ((count, kv_heads, PAGE_ROWS, dv), q.dtype),
+        "k_cmp": ((count, kv_heads, page_rows(config), dk), q.dtype),
+        "v_cmp": ((count, kv_heads, page_rows(config), dv), q.dtype),
         "k_win": ((sequences, kv_heads, ring, dk), q.dtype),
         "v_win": ((sequences, kv_heads, ring, dv), q.dtype),
         "lengths": ((sequences,), torch.int32),

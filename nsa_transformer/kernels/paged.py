@@ -9,26 +9,33 @@ from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
 
-PAGE_ROWS = 64  # compressed keys of a page
+TILE = 64
+LARGEST = 448.0  # of e4m3
+
+
+def page_rows(config: NSAConfig) -> int:
+    """Compressed keys of a page: 64, or as many more as make its tokens whole selection blocks (never for what the kernels take)."""
+    runs = config.select_block // config.compress_stride
+    return -(-TILE // runs) * runs
 
 
 def page_tokens(config: NSAConfig) -> int:
-    """Tokens of a page: those that its compressed keys begin at. Whole selection blocks."""
-    return PAGE_ROWS * config.compress_stride
+    """Tokens of a page: those that its compressed keys begin at."""
+    return page_rows(config) * config.compress_stride
 
 
 def ring_tokens(config: NSAConfig) -> int:
     """Tokens of a sequence's ring for the window: whole tiles."""
-    return -(-config.window // PAGE_ROWS) * PAGE_ROWS
+    return -(-config.window // TILE) * TILE
 
 
 @dataclass(frozen=True)
 class PagedKeysValues:
-    """One layer's keys and values of B sequences. Position t of sequence b lies in page `pages[b, t // tokens]`, `tokens = 64 * d`, and of a ring at `t % its length`.
+    """One layer's keys and values of B sequences. Position t of sequence b lies in page `pages[b, t // tokens]`, `tokens = page_tokens(config)`, and in a ring at `t %` its size.
 
     pages              int32 [B, max_pages], entries beyond a sequence's length are never read
     lengths            int32 [B], tokens of each sequence, the newest included; 0: there is no such sequence
-    k_cmp, v_cmp       [pages, Hkv, 64, Dk or Dv], compressed keys i of a page at i % 64
+    k_cmp, v_cmp       [pages, Hkv, rows, Dk or Dv], rows = page_rows(config), compressed key i at i % rows
     k_slc, v_slc       [pages, Hkv, tokens, Dk or Dv], in the compute dtype or e4m3
     k_win, v_win       [B, Hkv, ring, Dk or Dv], the newest tokens, ring = the window rounded up to 64
     k_scale, v_scale   with e4m3: float32 [pages, Hkv, tokens], what a row is to be multiplied by
@@ -53,3 +60,17 @@ class PagedKeysValues:
 def recent_tokens(config: NSAConfig, threshold: int) -> int:
     """Tokens of a ring that holds every block reaching into the newest `threshold` tokens, the unfinished one included."""
     return (-(-threshold // config.select_block) + 1) * config.select_block
+
+
+def gather_pages(pool: Tensor, pages: Tensor, count: int) -> Tensor:
+    """The first `count` rows of a sequence with int64 `pages`, from a pool [pages, Hkv, size, …]: [count, Hkv, …]."""
+    used = pages[: -(-count // pool.shape[2])]
+    if pool.dtype == torch.float8_e4m3fn:  # which is not indexed everywhere
+        return gather_pages(pool.view(torch.uint8), used, count).view(pool.dtype)
+    return pool[used].transpose(1, 2).flatten(0, 1)[:count]
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] to e4m3 and a float32 scale [...] for each row, its largest number over e4m3's: x is about the one times the other."""
+    scale = (x.float().abs().amax(-1) / LARGEST).clamp(min=1e-12)
+    return (x.float() / scale[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale

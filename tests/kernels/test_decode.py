@@ -11,7 +11,7 @@ from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels import nsa_attention
 from nsa_transformer.kernels.decode import nsa_decode
 from nsa_transformer.kernels.dispatch import triton_missing
-from nsa_transformer.kernels.paged import PAGE_ROWS, PagedKeysValues, page_tokens, recent_tokens, ring_tokens
+from nsa_transformer.kernels.paged import PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = NSAConfig(8, 4, 16, 5, 1, 2, 50)  # pages of 256 tokens
@@ -44,14 +44,14 @@ def paged(parts: list[list[Tensor]], config: NSAConfig, dtype: torch.dtype, spar
     def empty(count: int, rows: int) -> list[Tensor]:
         return [torch.full((count, hkv, rows, width), torch.nan, dtype=dtype, device=DEVICE) for width in widths]
 
-    cmp, slc, win = empty(len(order), PAGE_ROWS), empty(len(order), span), empty(len(parts), ring)
+    cmp, slc, win = empty(len(order), page_rows(config)), empty(len(order), span), empty(len(parts), ring)
     table = torch.full((len(parts), max(needed) + 1), 1 << 30, dtype=torch.int32)
     for b, part in enumerate(parts):
         for p in range(needed[b]):
             page = order.pop()
             table[b, p] = page
             for i in range(2):
-                for store, x, rows in ((cmp[i], part[i], PAGE_ROWS), (slc[i], part[2 + i], span)):
+                for store, x, rows in ((cmp[i], part[i], page_rows(config)), (slc[i], part[2 + i], span)):
                     piece = x[p * rows : (p + 1) * rows]
                     store[page, :, : len(piece)] = piece.transpose(0, 1)
         t = torch.arange(max(0, lengths[b] - ring), lengths[b])
@@ -124,3 +124,27 @@ class TestTriton:
         q, gates = torch.randn(2, 4, 64, device=DEVICE), torch.rand(2, 4, 3, device=DEVICE)
         first, second = (nsa_decode(q, gates, paged(parts, SMALL, torch.float32, seed=seed), SMALL, backend="triton") for seed in (1, 2))
         assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("threshold", [0, 30, 64])
+    @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [torch.float16])], ids=str)
+    def test_fp8(self, threshold: int, dtype: torch.dtype) -> None:
+        """As the reference has it, on the same rounded keys and values; what lies in the ring is not read from a page."""
+        lengths = [300, 5, 0, 128, 700]
+        plain = paged(sequences(lengths, SMALL, dtype, 2, 64, 64), SMALL, dtype)
+        recent = recent_tokens(SMALL, threshold)
+        rings = [torch.full((len(lengths), 2, recent, 64), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+        stored = [quantize_rows(x.nan_to_num(0.0)) for x in (plain.k_slc, plain.v_slc)]
+        for b, length in enumerate(lengths):
+            position = torch.arange(max(0, length - threshold) // 16 * 16, length)
+            page, row = plain.pages[b].cpu()[position // 256].long(), position % 256
+            for ring, pool, (values, _) in zip(rings, (plain.k_slc, plain.v_slc), stored, strict=True):
+                ring[b][:, position % recent] = pool[page, :, row].transpose(0, 1)
+                values.view(torch.uint8)[page, :, row] = 0x7F  # NaN
+        cache = PagedKeysValues(
+            plain.pages, plain.lengths, plain.k_cmp, plain.v_cmp, *(x[0] for x in stored), plain.k_win, plain.v_win, *(x[1] for x in stored), *rings, threshold
+        )
+        q, gates = torch.randn(len(lengths), 4, 64).to(dtype).to(DEVICE), torch.rand(len(lengths), 4, 3, device=DEVICE)
+        expected, chosen = nsa_decode(q, gates, cache, SMALL, backend="reference", return_blocks=True)
+        found, blocks = nsa_decode(q, gates, cache, SMALL, backend="triton", return_blocks=True)
+        assert torch.equal(blocks, chosen)
+        torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)

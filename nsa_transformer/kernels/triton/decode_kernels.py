@@ -133,7 +133,7 @@ def _choose(
     slot = tl.arange(0, NP)
     mine = t // SELECT
     if mine < N:
-        tl.store(chosen + pair * N + slot, tl.where(slot <= mine, slot, -1), mask=slot < N)
+        tl.store(chosen + pair * N + slot, tl.where((slot <= mine) & (t >= 0), slot, -1), mask=slot < N)
     else:
         FORCED: tl.constexpr = INITIAL + LOCAL
         found = tl.where(slot < INITIAL, slot, mine - LOCAL + 1 + slot - INITIAL)
