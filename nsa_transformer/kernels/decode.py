@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.dispatch import check_backend_name, choose_backend
 from nsa_transformer.kernels.nsa import nsa_attention
-from nsa_transformer.kernels.paged import PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens
+from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens, write_rows
 
 
 def nsa_decode(
@@ -55,6 +55,21 @@ def nsa_decode(
     return out, blocks.masked_fill(blocks == nowhere, -1)
 
 
+def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, backend: str = "auto") -> None:
+    """Store a new token of each sequence, at position `cache.lengths - 1`, before `nsa_decode` reads it; with e4m3, quantize the block that became old.
+
+    Page 0 takes what is written for no sequence, so it must be nobody's. Fixed shapes and no wait for the device; `backend` as for `nsa_decode`.
+    """
+    check_backend_name(backend)
+    if choose_backend(backend, rows.k_slc, cache.v_cmp, config, "k_slc") == "reference":
+        write_rows(rows, cache, config)
+        return
+    from nsa_transformer.kernels.triton import decode_write as kernels
+
+    with torch.cuda.device_of(rows.k_slc):
+        kernels.write(rows, cache, config)
+
+
 def gather_sequence(cache: PagedKeysValues, sequence: int, config: NSAConfig, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """k_cmp, v_cmp, k_slc, v_slc, k_win, v_win of one sequence as `nsa_attention` takes them. Rows that have left the window's ring are not set."""
     length, pages = int(cache.lengths[sequence]), cache.pages[sequence].long()
@@ -93,7 +108,9 @@ def _check(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig) 
     if not isinstance(cache, PagedKeysValues):
         raise ValueError(f"cache is {type(cache).__name__}; give a PagedKeysValues")
     if q.dim() != 3 or cache.k_slc.dim() != 4 or cache.v_slc.dim() != 4:
-        raise ValueError(f"q has shape {list(q.shape)}, k_slc {list(cache.k_slc.shape)}, v_slc {list(cache.v_slc.shape)}; give [B, Hq, Dk] and [pages, Hkv, tokens, width]")
+        raise ValueError(
+            f"q has shape {list(q.shape)}, k_slc {list(cache.k_slc.shape)}, v_slc {list(cache.v_slc.shape)}; give [B, Hq, Dk] and [pages, Hkv, tokens, width]"
+        )
     sequences, heads, dk = q.shape
     count, kv_heads, tokens, _ = cache.k_slc.shape
     dv, ring = cache.v_slc.shape[3], ring_tokens(config)

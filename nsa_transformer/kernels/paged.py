@@ -1,8 +1,9 @@
-"""The cache that decoding reads: pages of keys and values that belong to many sequences, and what each sequence has for itself."""
+"""The cache of decoding: pages of keys and values that belong to many sequences, and what each sequence has for itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class PagedKeysValues:
     k_win, v_win       [B, Hkv, ring, Dk or Dv], the newest tokens, ring = the window rounded up to 64
     k_scale, v_scale   with e4m3: float32 [pages, Hkv, tokens], what a row is to be multiplied by
     k_recent, v_recent with e4m3: [B, Hkv, recent, Dk or Dv], rings in the compute dtype for the selection blocks that reach into the newest `threshold` tokens
+    k_raw, v_raw       [B, Hkv, l, Dk or Dv], rings of the tokens that compressed keys are still to be made of; `nsa_decode` does not read them
     """
 
     pages: Tensor
@@ -55,6 +57,19 @@ class PagedKeysValues:
     k_recent: Tensor | None = None
     v_recent: Tensor | None = None
     threshold: int = 0
+    k_raw: Tensor | None = None
+    v_raw: Tensor | None = None
+
+
+class NewRows(NamedTuple):
+    """Keys and values of a new token of each sequence, `[B, Hkv, Dk or Dv]`: for the compression (not rotated), the selected branch and the window."""
+
+    k_raw: Tensor
+    v_raw: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
 
 
 def recent_tokens(config: NSAConfig, threshold: int) -> int:
@@ -74,3 +89,31 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] to e4m3 and a float32 scale [...] for each row, its largest number over e4m3's: x is about the one times the other."""
     scale = (x.float().abs().amax(-1) / LARGEST).clamp(min=1e-12)
     return (x.float() / scale[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def write_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig) -> None:
+    """`append_rows` in plain PyTorch."""
+    lengths, table = cache.lengths.long(), cache.pages.long()
+    each, t = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
+    span, size = page_tokens(config), config.select_block
+    quantized = cache.k_scale is not None
+    page = torch.where(lengths > 0, table[each, t // span], 0)
+    old = lengths - cache.threshold
+    first = (old - size).clamp(min=0)
+    to = torch.where((old > 0) & (old % size == 0), table[each, first // span], 0)[:, None]
+    token = first[:, None] + torch.arange(size, device=t.device)
+    for raw, selected, window, raw_ring, pool, ring, scale, recent in (
+        (rows.k_raw, rows.k_slc, rows.k_win, cache.k_raw, cache.k_slc, cache.k_win, cache.k_scale, cache.k_recent),
+        (rows.v_raw, rows.v_slc, rows.v_win, cache.v_raw, cache.v_slc, cache.v_win, cache.v_scale, cache.v_recent),
+    ):
+        assert raw_ring is not None
+        raw_ring[each, :, t % raw_ring.shape[2]] = raw
+        ring[each, :, t % ring.shape[2]] = window
+        if quantized:
+            assert scale is not None and recent is not None
+            recent[each, :, t % recent.shape[2]] = selected
+            stored, factor = quantize_rows(recent[each[:, None], :, token % recent.shape[2]])
+            pool.view(torch.uint8)[to, :, token % span] = stored.view(torch.uint8)  # e4m3 has no indexed writes
+            scale[to, :, token % span] = factor
+        else:
+            pool[page, :, t % span] = selected

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nsa_transformer.config import ModelConfig, NSAConfig
 from nsa_transformer.kernels import CompressionWeights, compress_blocks, nsa_attention
 from nsa_transformer.kernels.decode import nsa_decode
+from nsa_transformer.kernels.paged import NewRows
 from nsa_transformer.models.cache import DenseLayerCache, LayerView, SparseLayerCache
 from nsa_transformer.models.layout import PackLayout
 from nsa_transformer.models.rope import RotaryEmbedding
@@ -105,11 +106,11 @@ class NativeSparseAttention(nn.Module):
             out = self.attend(q, *keys_values, gates, self.config, cu_seqlens=layout.cu_seqlens, backend=self.backend)
         else:
             assert isinstance(cache.layer, SparseLayerCache)
-            rows = {"k_raw": k_cmp, "v_raw": v_cmp, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
+            new = NewRows(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
             if cache.sequence is None:
-                out = nsa_decode(q, gates, cache.layer.step(rows, self._compress_blocks), self.config, backend=self.backend)
+                out = nsa_decode(q, gates, cache.layer.step(new, self._compress_blocks, self.backend), self.config, backend=self.backend)
             else:
-                rows = cache.layer.extend(cache.sequence, cache.start, rows, self._compress_blocks)
+                rows = cache.layer.extend(cache.sequence, cache.start, new, self._compress_blocks)
                 out = self.attend(q=q, **rows, gates=gates, config=self.config, backend=self.backend)
         return self.o_proj(out.flatten(1))
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import KVCacheConfig, ModelConfig, NSAConfig
-from nsa_transformer.kernels.paged import PagedKeysValues, gather_pages, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
+from nsa_transformer.kernels.decode import append_rows
+from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
 
 # φ of whole blocks: keys and values [N, l, Hkv, …], index of each block [N], to compressed and rotated [N, Hkv, …]
 Compress = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -68,15 +69,26 @@ class KVCache:
         self._grow(sequence, start + num_tokens)
         return start
 
-    def step(self, device: torch.device) -> None:
-        """Make room for one more token of every sequence that has any."""
+    def reserve_step(self, device: torch.device) -> None:
+        """Make room for one more token of every sequence that has any: what the host does of a step. `count_step` is the device's part."""
         self._check_room(max(self.lengths) + 1)
         self._place(device)
-        assert self.device_lengths is not None
         for sequence, length in enumerate(self.lengths):
             if length:
                 self._grow(sequence, length + 1, on_device=False)
+        for layer in self.layers:
+            layer.make_room()
+
+    def count_step(self) -> Tensor:
+        """The lengths, int32 [B] on the device, with the new tokens."""
+        assert self.device_lengths is not None
         self.device_lengths += self.device_lengths > 0
+        return self.device_lengths
+
+    def step_shape(self) -> tuple[object, ...]:
+        """What a recorded step depends on, after `reserve_step`: one that was recorded under equal values can be replayed."""
+        stores = tuple(x.data_ptr() for layer in self.layers for x in layer.stores)
+        return self.compression_due(), self.table is not None and self.table.data_ptr(), stores
 
     def fork(self, source: int, target: int) -> None:
         """Let `target`, which must be empty, go on from where `source` is: a prefix is computed once. Whole pages are shared, the rest is copied."""
@@ -112,17 +124,10 @@ class KVCache:
         block, stride = self.config.nsa.compress_block, self.config.nsa.compress_stride
         return any(length >= block and (length - block) % stride == 0 for length in self.lengths)
 
-    def quantization_due(self) -> bool:
-        """Whether the newest token of some sequence made a selection block old enough."""
-        old = [length - self.settings.threshold for length in self.lengths]
-        return self.quantized and any(tokens > 0 and tokens % self.config.nsa.select_block == 0 for tokens in old)
-
     def _check_room(self, length: int) -> None:
         limit = self.config.max_position_embeddings
         if length > limit:
-            raise ValueError(
-                f"the sequence would grow to {length} tokens, past max_position_embeddings={limit}; shorten the prompt or generate fewer tokens"
-            )
+            raise ValueError(f"the sequence would grow to {length} tokens, past max_position_embeddings={limit}; shorten the prompt or generate fewer tokens")
 
     def _place(self, device: torch.device) -> None:
         if self.device_lengths is None:
@@ -159,7 +164,16 @@ class SparseLayerCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self._stores.values())
+        return sum(x.nbytes for x in self.stores)
+
+    @property
+    def stores(self) -> list[Tensor]:
+        return list(self._stores.values())
+
+    def make_room(self) -> None:
+        """As many pages as the cache has, once there is any row."""
+        if self._stores:
+            self._make({name: self._stores[f"{name}_win"][:0, :, 0] for name in ("k", "v")})
 
     def _make(self, rows: dict[str, Tensor]) -> None:
         """Stores as wide as rows [T, Hkv, …] by name, with all the pages that there are."""
@@ -191,9 +205,10 @@ class SparseLayerCache:
                 grown[: len(before)] = before
             self._stores[name] = grown
 
-    def extend(self, sequence: int, start: int, rows: dict[str, Tensor], compress: Compress) -> dict[str, Tensor]:
-        """Append rows [T, Hkv, …] named k_raw, v_raw, k_slc, v_slc, k_win, v_win, and return all keys and values of the sequence as `nsa_attention` takes them;
-        rows of the window that no query of these sees are not set."""
+    def extend(self, sequence: int, start: int, new: NewRows, compress: Compress) -> dict[str, Tensor]:
+        """Append rows [T, Hkv, …] of one sequence, and return all its keys and values as `nsa_attention` takes them; rows of the window that no query of these sees
+        are not set."""
+        rows = new._asdict()
         owner, config = self.owner, self.owner.config.nsa
         self._make({"k": rows["k_slc"], "v": rows["v_slc"]})
         assert owner.table is not None
@@ -201,9 +216,9 @@ class SparseLayerCache:
         found: dict[str, Tensor] = {}
         compressed = self._compress(sequence, start, end, rows, compress)
         for name in ("k", "v"):
-            pool, new, held = self._stores[f"{name}_cmp"], compressed[name], num_compressed(start, config)
-            _write_pages(pool, pages, held, new)
-            found[f"{name}_cmp"] = new if held == 0 else torch.cat([gather_pages(pool, pages, held), new])
+            pool, added, held = self._stores[f"{name}_cmp"], compressed[name], num_compressed(start, config)
+            _write_pages(pool, pages, held, added)
+            found[f"{name}_cmp"] = added if held == 0 else torch.cat([gather_pages(pool, pages, held), added])
             found[f"{name}_slc"] = self._extend_selected(name, sequence, pages, start, rows[f"{name}_slc"])
             found[f"{name}_win"] = self._extend_window(name, sequence, start, rows[f"{name}_win"])
             _write_ring(self._stores[f"{name}_raw"], sequence, start, rows[f"{name}_raw"])
@@ -250,48 +265,31 @@ class SparseLayerCache:
         _write_ring(ring, sequence, start, new)
         return rows
 
-    def step(self, rows: dict[str, Tensor], compress: Compress) -> PagedKeysValues:
-        """Append a row of each sequence, rows [B, Hkv, …] named as in `extend`, and return what `nsa_decode` reads."""
+    def step(self, rows: NewRows, compress: Compress, backend: str = "auto") -> PagedKeysValues:
+        """Append a row of each sequence and return what `nsa_decode` reads."""
         owner, config, stores = self.owner, self.owner.config.nsa, self._stores
-        self._make({"k": rows["k_slc"], "v": rows["v_slc"]})
+        if not stores:
+            self._make({"k": rows.k_slc, "v": rows.v_slc})
         assert owner.device_lengths is not None and owner.table is not None
-        lengths, table = owner.device_lengths.long(), owner.table.long()
-        each, t = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
-        page = torch.where(lengths > 0, table[each, t // owner.span], 0)
-        for name in ("k", "v"):
-            for kind in ("raw", "win", *(("recent",) if owner.quantized else ())):
-                ring = stores[f"{name}_{kind}"]
-                ring[each, :, t % ring.shape[2]] = rows[f"{name}_{'slc' if kind == 'recent' else kind}"]
-            if not owner.quantized:
-                stores[f"{name}_slc"][page, :, t % owner.span] = rows[f"{name}_slc"]
+        cache = PagedKeysValues(owner.table, owner.device_lengths, threshold=owner.settings.threshold if owner.quantized else 0, **stores)
+        append_rows(rows, cache, config, backend=backend)
         if owner.compression_due():
+            lengths = owner.device_lengths.long()
+            each = torch.arange(len(lengths), device=lengths.device)
             index = (lengths - config.compress_block).div(config.compress_stride, rounding_mode="floor")
             ready = (index >= 0) & ((lengths - config.compress_block) % config.compress_stride == 0)
             index = index.clamp(min=0)
-            token = index[:, None] * config.compress_stride + torch.arange(config.compress_block, device=t.device)
+            token = index[:, None] * config.compress_stride + torch.arange(config.compress_block, device=lengths.device)
             blocks = [stores[f"{name}_raw"][each[:, None], :, token % config.compress_block] for name in ("k", "v")]
             rows_per_page = page_rows(config)
-            to = torch.where(ready, table[each, index // rows_per_page], 0)
+            to = torch.where(ready, owner.table.long()[each, index // rows_per_page], 0)
             for name, new in zip(("k", "v"), compress(*blocks, index), strict=True):
                 stores[f"{name}_cmp"][to, :, index % rows_per_page] = new
-        if owner.quantization_due():
-            size = config.select_block
-            old = lengths - owner.settings.threshold
-            first = (old - size).clamp(min=0)
-            to = torch.where((old > 0) & (old % size == 0), table[each, first // owner.span], 0)[:, None]
-            token = first[:, None] + torch.arange(size, device=t.device)
-            for name in ("k", "v"):
-                ring = stores[f"{name}_recent"]
-                stored, factor = quantize_rows(ring[each[:, None], :, token % ring.shape[2]])
-                stores[f"{name}_slc"].view(torch.uint8)[to, :, token % owner.span] = stored.view(torch.uint8)  # e4m3 has no indexed writes
-                stores[f"{name}_scale"][to, :, token % owner.span] = factor
-        quantized = {name: stores[name] for name in ("k_scale", "v_scale", "k_recent", "v_recent") if name in stores}
-        plain = {f"{name}_{kind}": stores[f"{name}_{kind}"] for name in ("k", "v") for kind in ("cmp", "slc", "win")}
-        return PagedKeysValues(owner.table, owner.device_lengths, **plain, **quantized, threshold=owner.settings.threshold if owner.quantized else 0)
+        return cache
 
     def copy(self, source: int, target: int, pages: list[tuple[int, int]]) -> None:
         """What `target` does not share with `source`: rings, and pages by (from, to)."""
-        self._make({"k": self._stores["k_win"][:0, :, 0], "v": self._stores["v_win"][:0, :, 0]})
+        self.make_room()
         for name, store in self._stores.items():
             if name.endswith(("_cmp", "_slc", "_scale")):
                 for old, new in pages:
@@ -310,7 +308,16 @@ class DenseLayerCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.k, self.v) if x is not None)
+        return sum(x.nbytes for x in self.stores)
+
+    @property
+    def stores(self) -> list[Tensor]:
+        return [x for x in (self.k, self.v) if x is not None]
+
+    def make_room(self) -> None:
+        """As long as the longest sequence, once there is any row."""
+        if self.k is not None and self.v is not None:
+            self._make(self.k[:0, :, 0], self.v[:0, :, 0])
 
     def _make(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Room for the longest sequence, in powers of two."""

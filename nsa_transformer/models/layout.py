@@ -43,7 +43,6 @@ class PackLayout:
         middles = index * config.compress_stride + config.compress_block // 2
         return PackLayout(cu_seqlens, owner, rope.rotation(positions + start), rows, rope.rotation(middles))
 
-
     @staticmethod
     def step(lengths: Tensor, rope: RotaryEmbedding) -> PackLayout:
         """The newest token of each sequence, lengths int32 [B] with it; nothing is compressed from these tokens alone."""

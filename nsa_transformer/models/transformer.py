@@ -148,9 +148,13 @@ class Transformer(nn.Module):
         """
         if tokens.dim() != 1 or tokens.dtype != torch.int64 or len(tokens) != len(cache.lengths):
             raise ValueError(f"tokens is {tokens.dtype} {list(tokens.shape)}; give torch.int64 [{len(cache.lengths)}], a token of each sequence of the cache")
-        cache.step(tokens.device)
-        assert cache.device_lengths is not None
-        layout = PackLayout.step(cache.device_lengths, self.rope)
+        cache.reserve_step(tokens.device)
+        return self.decode_reserved(tokens, cache)
+
+    @torch.no_grad()
+    def decode_reserved(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """`decode` after `cache.reserve_step`: the part that can be recorded and replayed as a CUDA graph."""
+        layout = PackLayout.step(cache.count_step(), self.rope)
         x = self.embedding(tokens)
         for index, block in enumerate(self.layers):
             x, _ = block(x, layout, None, LayerView(cache.layers[index], None))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels import nsa_attention
-from nsa_transformer.kernels.decode import nsa_decode
+from nsa_transformer.kernels.decode import append_rows, nsa_decode
 from nsa_transformer.kernels.dispatch import triton_missing
-from nsa_transformer.kernels.paged import PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
+from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = NSAConfig(8, 4, 16, 5, 1, 2, 50)  # pages of 256 tokens
@@ -60,7 +60,16 @@ def paged(parts: list[list[Tensor]], config: NSAConfig, dtype: torch.dtype, spar
     return PagedKeysValues(table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), *cmp, *slc, *win)
 
 
-def check(lengths: list[int], config: NSAConfig = SMALL, dtype: torch.dtype = torch.float32, hkv: int = 2, group: int = 2, dk: int = 64, dv: int = 64, backend: str = "triton") -> None:
+def check(
+    lengths: list[int],
+    config: NSAConfig = SMALL,
+    dtype: torch.dtype = torch.float32,
+    hkv: int = 2,
+    group: int = 2,
+    dk: int = 64,
+    dv: int = 64,
+    backend: str = "triton",
+) -> None:
     """Output within twice the error of the plain computation in the same dtype; blocks the reference's."""
     parts = sequences(lengths, config, dtype, hkv, dk, dv)
     generator = torch.Generator().manual_seed(7)
@@ -73,9 +82,7 @@ def check(lengths: list[int], config: NSAConfig = SMALL, dtype: torch.dtype = to
             assert not out[b].any()
             continue
         one = slice(b, b + 1)
-        exact, chosen = nsa_attention(
-            q[one].double(), *(x.double() for x in parts[b]), gates[one].double(), config, backend="reference", return_blocks=True
-        )
+        exact, chosen = nsa_attention(q[one].double(), *(x.double() for x in parts[b]), gates[one].double(), config, backend="reference", return_blocks=True)
         assert torch.equal(blocks[b], chosen[0])
         plain = nsa_attention(q[one], *parts[b], gates[one], config, backend="reference", blocks=chosen)
         error, allowed = (out[b].double() - exact[0]).abs().max(), (plain[0].double() - exact[0]).abs().max()
@@ -148,3 +155,47 @@ class TestTriton:
         found, blocks = nsa_decode(q, gates, cache, SMALL, backend="triton", return_blocks=True)
         assert torch.equal(blocks, chosen)
         torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+    @pytest.mark.parametrize("threshold", [None, 0, 30, 64])
+    @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [torch.float16])], ids=str)
+    def test_rows_are_written_as_the_reference_does(self, threshold: int | None, dtype: torch.dtype) -> None:
+        lengths = [1, 0, 16, 46, 64, 80, 128, 300, 0, 257]
+        generator = torch.Generator().manual_seed(3)
+        count, hkv, width, span, each = 14, 2, 64, page_tokens(SMALL), len(lengths)
+
+        def rand(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator).to(dtype).to(DEVICE)
+
+        pages = torch.randperm(count - 1, generator=generator)[: 2 * each].int() + 1
+        table = torch.zeros(each, 2, dtype=torch.int32)
+        at = 0
+        for b, length in enumerate(lengths):
+            needed = -(-length // span)
+            table[b, :needed] = pages[at : at + needed]
+            at += needed
+        fp8: dict[str, Tensor] = {}
+        pool_dtype = dtype
+        if threshold is not None:
+            pool_dtype = torch.float8_e4m3fn
+            fp8 = {f"{n}_scale": torch.rand(count, hkv, span, generator=generator).to(DEVICE) for n in "kv"}
+            fp8 |= {f"{n}_recent": rand(each, hkv, recent_tokens(SMALL, threshold), width) for n in "kv"}
+        stores = {f"{n}_cmp": rand(count, hkv, page_rows(SMALL), width) for n in "kv"} | {f"{n}_slc": rand(count, hkv, span, width).to(pool_dtype) for n in "kv"}
+        stores |= {f"{n}_win": rand(each, hkv, ring_tokens(SMALL), width) for n in "kv"} | {f"{n}_raw": rand(each, hkv, 8, width) for n in "kv"} | fp8
+        wide = rand(each, 3, hkv, width)  # as a projection gives them
+        rows = NewRows(wide[:, 0], wide[:, 1], rand(each, hkv, width), wide[:, 2], rand(each, hkv, width), rand(each, hkv, width))
+        found = []
+        for backend in ("reference", "triton"):
+            copies = {name: x.clone() for name, x in stores.items()}
+            cache = PagedKeysValues(table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), threshold=threshold or 0, **copies)
+            append_rows(rows, cache, SMALL, backend=backend)
+            found.append(copies)
+        live = torch.tensor(lengths, device=DEVICE) > 0
+        for name, expected in found[0].items():
+            mine, before = found[1][name], stores[name]
+            # Page 0, and the rings of sequences that are not there, belong to nobody.
+            own = live if len(mine) == each else torch.arange(count, device=DEVICE) > 0
+            # The interpreter cuts where a GPU rounds to e4m3, which has four numbers between powers of two's halves.
+            nearly = {"rtol": 0.13, "atol": 2**-8} if DEVICE == "cpu" and name.endswith("_slc") and threshold is not None else {"rtol": 0.0, "atol": 0.0}
+            torch.testing.assert_close(mine[own].float(), expected[own].float(), **nearly, msg=lambda text, name=name: f"{name}: {text}")
+            if not name.endswith("_cmp") and threshold is None:
+                assert not torch.equal(mine[own].float(), before[own].float()), name

@@ -113,12 +113,16 @@ def _importance(
         peaks = page_peak + row[:, None] * max_pages + page[None, :]
         # exp2(-inf - x) is 0, so what is not there counts nothing.
         factor = tl.exp2(tl.load(peaks, mask=known, other=float("-inf"), cache_modifier=".cg") - head_lse)
-        before = tl.exp2(tl.load(peaks - 1, mask=(head < G)[:, None] & ((page > 0) & (page <= num_pages))[None, :], other=float("-inf"), cache_modifier=".cg") - head_lse)
+        before = tl.exp2(
+            tl.load(peaks - 1, mask=(head < G)[:, None] & ((page > 0) & (page <= num_pages))[None, :], other=float("-inf"), cache_modifier=".cg") - head_lse
+        )
         at = (row[:, None] * max_pages + page[None, :])[:, :, None] * BLOCKS + block[None, None, :]
         mine = tl.load(own + at, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
         # What the last key of the block before reaches into this one.
         first = (page == 0)[None, :, None] & (block == 0)[None, None, :]
-        from_before = (head < G)[:, None, None] & ((page < num_pages)[None, :, None] | ((page == num_pages)[None, :, None] & (block == 0)[None, None, :])) & ~first
+        from_before = (
+            (head < G)[:, None, None] & ((page < num_pages)[None, :, None] | ((page == num_pages)[None, :, None] & (block == 0)[None, None, :])) & ~first
+        )
         reached = tl.load(spill + at - 1, mask=from_before, other=0.0, cache_modifier=".cg")
         total += tl.sum(mine * factor[:, :, None] + reached * tl.where((block == 0)[None, None, :], before[:, :, None], factor[:, :, None]), 0)
     return tl.reshape(total, [PAGES * BLOCKS])
@@ -212,9 +216,7 @@ def decode_scan(
         column = tl.arange(0, DVP)
         tl.store(base + (pair * G + head)[:, None] * DV + column[None, :], out, mask=(head < G)[:, None] & (column < DV)[None, :])
         tl.debug_barrier()
-        _choose(
-            chosen, lse, own, spill, page_peak, pair, num_pages, max_pages, length - 1, G, BLOCKS, PAGES, HEADS, SELECT, N, NP, INITIAL, LOCAL
-        )
+        _choose(chosen, lse, own, spill, page_peak, pair, num_pages, max_pages, length - 1, G, BLOCKS, PAGES, HEADS, SELECT, N, NP, INITIAL, LOCAL)
 
 
 @triton.jit(repr=lambda _: "decode_selected", do_not_specialize=["max_pages"])
