@@ -47,8 +47,8 @@ class SamplingConfig:
 def next_token_probabilities(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:
     """Logits `[..., vocab]` to float32 probabilities `[..., vocab]` after the repetition penalty, temperature, top-k, top-p and min-p, in this order.
 
-    The penalty (arXiv 1909.05858) divides positive logits of the tokens in `seen`, bool `[..., vocab]`, and multiplies negative ones. top-p keeps the fewest most
-    likely tokens whose probabilities reach it; min-p those with at least this share of the most likely one's probability (arXiv 2407.01082).
+    The penalty (arXiv 1909.05858) divides positive logits of the tokens in `seen`, bool `[..., vocab]`, and multiplies negative ones. top-p keeps the fewest
+    most likely tokens whose probabilities reach it; min-p those with at least this share of the most likely one's probability (arXiv 2407.01082).
     """
     logits = logits.float()
     if seen is not None and config.repetition_penalty != 1:
@@ -94,11 +94,12 @@ def generate_batch(
     num_tokens: int | None = None,
     kv_cache: KVCacheConfig | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Yield pairs of a prompt's number and its next id, up to `max_new_tokens` for each, ending before `eod_id` (None: never). The model should be in eval mode.
+    """Yield pairs of a prompt's number and its next id, up to `max_new_tokens` for each, ending before `eod_id` (None: never). The model should be in eval
+    mode.
 
-    Prompts of any lengths are decoded together; what all of them begin with is computed once. Prompt i draws with the seed `sampling.seed + i`, so its text does not
-    depend on the others but for rounding. Only ids below `num_tokens` are drawn (None: all): a model may have more rows than its tokenizer has tokens.
-    `kv_cache` as in `memory.kv_cache`.
+    Prompts of any lengths are decoded together; what all of them begin with is computed once. Prompt i draws with the seed `sampling.seed + i`, so its text
+    does not depend on the others but for rounding. Only ids below `num_tokens` are drawn (None: all): a model may have more rows than its tokenizer has
+    tokens. `kv_cache` as in `memory.kv_cache`.
 
     Raises `ValueError` before the first token for an empty prompt, or where prompt and new tokens would pass the model's positions.
     """

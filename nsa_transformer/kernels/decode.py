@@ -21,7 +21,7 @@ def nsa_decode(
     backend: str = "auto",
     return_blocks: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What `nsa_attention` gives the last token of each sequence, from keys and values in pages and rings. Fixed shapes and no wait for the device.
+    """What `nsa_attention` gives the last token of each sequence, from keys and values in pages and rings.
 
     Args:
         q: `[B, Hq, Dk]`, rotated queries at position `cache.lengths - 1`; their own keys and values are in the cache already.
@@ -29,7 +29,9 @@ def nsa_decode(
         cache: see `PagedKeysValues`; k_cmp, v_cmp, k_win, v_win in q's dtype.
         config: the geometry.
         scale: of the scores; None: `Dk ** -0.5`.
-        backend: as for `nsa_attention`; `reference` gathers each sequence and reads the lengths on the host.
+        backend: `triton`: two launches of fixed shape. `reference`, and so far `auto`: gathers each sequence, reading the lengths on the host, and calls
+        `nsa_attention` with
+            this backend; the kernels take over from `auto` once they have passed every test on a GPU.
         return_blocks: also return the attended blocks.
 
     Returns:
@@ -41,9 +43,10 @@ def nsa_decode(
     check_backend_name(backend)
     _check(q, gates, cache, config)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if choose_backend(backend, q, cache.v_cmp, config) == "reference":
-        out, blocks = _reference(q, gates, cache, config, scale)
+    if backend != "triton":
+        out, blocks = _gathered(q, gates, cache, config, scale, backend)
     else:
+        choose_backend(backend, q, cache.v_cmp, config)  # raises where the kernels do not take this
         from nsa_transformer.kernels.triton import decode as kernels
 
         with torch.cuda.device_of(q):
@@ -91,14 +94,17 @@ def gather_sequence(cache: PagedKeysValues, sequence: int, config: NSAConfig, dt
     return gather_pages(cache.k_cmp, pages, rows), gather_pages(cache.v_cmp, pages, rows), *selected, *window
 
 
-def _reference(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float) -> tuple[Tensor, Tensor]:
+def _gathered(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(*q.shape[:2], cache.v_slc.shape[3])
     blocks = torch.full((q.shape[0], cache.k_slc.shape[1], config.num_selected), -1, dtype=torch.int32, device=q.device)
     for sequence, length in enumerate(cache.lengths.tolist()):
         if length:
             keys_values = gather_sequence(cache, sequence, config, q.dtype)
             last = slice(sequence, sequence + 1)
-            out[last], blocks[last] = nsa_attention(q[last], *keys_values, gates[last], config, scale=scale, backend="reference", return_blocks=True)
+            k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = keys_values
+            out[last], blocks[last] = nsa_attention(
+                q[last], k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates[last], config, scale=scale, backend=backend, return_blocks=True
+            )
     return out, blocks
 
 

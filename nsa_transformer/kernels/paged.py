@@ -32,7 +32,8 @@ def ring_tokens(config: NSAConfig) -> int:
 
 @dataclass(frozen=True)
 class PagedKeysValues:
-    """One layer's keys and values of B sequences. Position t of sequence b lies in page `pages[b, t // tokens]`, `tokens = page_tokens(config)`, and in a ring at `t %` its size.
+    """One layer's keys and values of B sequences. Position t of sequence b lies in page `pages[b, t // tokens]`, `tokens = page_tokens(config)`, and in a
+    ring at `t %` its size.
 
     pages              int32 [B, max_pages], entries beyond a sequence's length are never read
     lengths            int32 [B], tokens of each sequence, the newest included; 0: there is no such sequence

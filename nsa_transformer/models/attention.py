@@ -81,6 +81,7 @@ class NativeSparseAttention(nn.Module):
         self.v_compress = BlockCompressor(self.head_dim_v, config)
         self.gate = GateMLP(hidden_size, num_heads)
         self.attend: Callable[..., Tensor] = nsa_attention  # type: ignore[assignment]
+        self.decode: Callable[..., Tensor] = nsa_decode  # type: ignore[assignment]
         self.backend = "auto"  # of the compression and the attention, as `nsa_attention` takes it
         # As a part of `Transformer` these are drawn again, from its seed.
         for parameter in (p for c in (self.k_compress, self.v_compress) for n, p in c.named_parameters() if n == "position"):
@@ -108,7 +109,7 @@ class NativeSparseAttention(nn.Module):
             assert isinstance(cache.layer, SparseLayerCache)
             new = NewRows(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
             if cache.sequence is None:
-                out = nsa_decode(q, gates, cache.layer.step(new, self._compress_blocks, self.backend), self.config, backend=self.backend)
+                out = self.decode(q, gates, cache.layer.step(new, self._compress_blocks, self.backend), self.config, backend=self.backend)
             else:
                 rows = cache.layer.extend(cache.sequence, cache.start, new, self._compress_blocks)
                 out = self.attend(q=q, **rows, gates=gates, config=self.config, backend=self.backend)

@@ -206,8 +206,8 @@ class SparseLayerCache:
             self._stores[name] = grown
 
     def extend(self, sequence: int, start: int, new: NewRows, compress: Compress) -> dict[str, Tensor]:
-        """Append rows [T, Hkv, …] of one sequence, and return all its keys and values as `nsa_attention` takes them; rows of the window that no query of these sees
-        are not set."""
+        """Append rows [T, Hkv, …] of one sequence, and return all its keys and values as `nsa_attention` takes them; rows of the window that no query of
+        these sees are not set."""
         rows = new._asdict()
         owner, config = self.owner, self.owner.config.nsa
         self._make({"k": rows["k_slc"], "v": rows["v_slc"]})
@@ -280,10 +280,10 @@ class SparseLayerCache:
             ready = (index >= 0) & ((lengths - config.compress_block) % config.compress_stride == 0)
             index = index.clamp(min=0)
             token = index[:, None] * config.compress_stride + torch.arange(config.compress_block, device=lengths.device)
-            blocks = [stores[f"{name}_raw"][each[:, None], :, token % config.compress_block] for name in ("k", "v")]
+            k, v = (stores[f"{name}_raw"][each[:, None], :, token % config.compress_block] for name in ("k", "v"))
             rows_per_page = page_rows(config)
             to = torch.where(ready, owner.table.long()[each, index // rows_per_page], 0)
-            for name, new in zip(("k", "v"), compress(*blocks, index), strict=True):
+            for name, new in zip(("k", "v"), compress(k, v, index), strict=True):
                 stores[f"{name}_cmp"][to, :, index % rows_per_page] = new
         return cache
 

@@ -203,7 +203,7 @@ def test_mistakes_are_named():
         cache.fork(0, 1)
     with pytest.raises(ValueError, match=r"give torch\.int64 \[2\], a token of each sequence"):
         model.decode(random_tokens(3), cache)
-    with pytest.raises(ValueError, match="is for model.attention=nsa, not dense"):
+    with pytest.raises(ValueError, match=r"is for model\.attention=nsa, not dense"):
         small_model(attention="dense").new_cache(1, settings("fp8"))
     assert cache.lengths == [0, 20]
 

@@ -1,4 +1,5 @@
-"""Decoding in Triton: one new token of each sequence against its cache, in two launches of fixed shape that wait for nothing. `decode_kernels.py` has the kernels."""
+"""Decoding in Triton: one new token of each sequence against its cache, in two launches of fixed shape that wait for nothing. `decode_kernels.py` has the
+kernels."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
         q, gates, cache.k_cmp, cache.v_cmp, cache.k_win, cache.v_win, cache.pages, cache.lengths, own, spill, floats(pairs, group, max_pages),
         floats(pairs, group), *parts(splits + window_splits), counters[0], base, chosen, scale * LOG2E, max_pages,
         BLOCK=config.compress_block, NP=triton.next_power_of_2(config.num_selected), INITIAL=config.num_initial, LOCAL=config.num_local,
-        WINDOW=config.window, RING=cache.k_win.shape[2], SPLITS=splits, WINDOW_SPLITS=window_splits, PAGES=triton.next_power_of_2(max_pages), HEADS=min(triton.next_power_of_2(group), 4),
+        WINDOW=config.window, RING=cache.k_win.shape[2], SPLITS=splits, SPLITS_SPAN=triton.next_power_of_2(splits),
+        WINDOW_SPLITS=window_splits, WINDOW_SPAN=triton.next_power_of_2(window_splits), PAGES=triton.next_power_of_2(max_pages),
         num_warps=4, **shape,
     )  # fmt: skip
     quantized = cache.k_scale is not None
@@ -61,7 +63,8 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     decode_selected[(selected_splits, pairs)](
         q, gates, cache.k_slc, cache.v_slc, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths, base, chosen,
         *parts(selected_splits), counters[1], out, scale * LOG2E, max_pages,
-        SPLITS=selected_splits, QUANTIZED=quantized, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
+        SPLITS=selected_splits, SPLITS_SPAN=triton.next_power_of_2(selected_splits), QUANTIZED=quantized, THRESHOLD=cache.threshold,
+        RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
         TILE=max(16, config.select_block), num_warps=4, **shape,
     )  # fmt: skip
     return out, chosen

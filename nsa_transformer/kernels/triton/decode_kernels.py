@@ -1,10 +1,11 @@
 """The kernels of `decode.py`: one new token of each sequence against its cache, the work split over keys.
 
-Two launches. The first takes the compressed keys and the window, both in splits; whoever finishes last for a sequence and key/value head merges these two branches and
-chooses the blocks. The second takes the chosen blocks in splits, and its last adds them to the others. Sums go over the splits in their order, whoever is last.
+Two launches. The first takes the compressed keys and the window, both in splits; whoever finishes last for a sequence and key/value head merges these two
+branches and chooses the blocks. The second takes the chosen blocks in splits, and its last adds them to the others. Sums go over the splits in their order,
+whoever is last.
 
-Shape letters: B sequences, HKV key/value heads, G query heads of each, GP the power of two from max(G, 16) on; DK, DV head widths, DKP, DVP powers of two from them on.
-A page is 64 compressed keys and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e.
+Shape letters: B sequences, HKV key/value heads, G query heads of each, GP the power of two from max(G, 16) on; DK, DV head widths, DKP, DVP powers of two
+from them on. A page is 64 compressed keys and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e.
 """
 
 from __future__ import annotations
@@ -71,21 +72,26 @@ def _arrived(counter, count):
 
 
 @triton.jit
-def _merge(part_out, part_peak, part_sum, first, COUNT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
-    """COUNT splits from `first` on: their attention [GP, DVP], 0 for a row that saw nothing, and log2 sum exp [GP], +inf for such a row."""
+def _merge(
+    part_out, part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr
+):
+    """COUNT splits from `first` on (SPAN: the power of two from COUNT on): their attention [GP, DVP], 0 for a row that saw nothing, and log2 sum exp [GP],
+    +inf for such a row. All loads are independent of each other, so they are under way together."""
     head = tl.arange(0, GP)
     column = tl.arange(0, DVP)
-    peak = tl.full([GP], float("-inf"), tl.float32)
-    for part in range(first, first + COUNT):
-        peak = tl.maximum(peak, tl.load(part_peak + part * G + head, mask=head < G, other=float("-inf"), cache_modifier=".cg"))
-    shift = _safe(peak)
-    total = tl.zeros([GP], tl.float32)
+    split = tl.arange(0, SPAN)
+    there = (split < COUNT)[:, None] & (head < G)[None, :]
+    at = (first + split)[:, None] * G + head[None, :]
+    peaks = tl.load(part_peak + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(part_sum + at, mask=there, other=0.0, cache_modifier=".cg")
+    shift = _safe(tl.max(peaks, 0))
+    total = tl.sum(tl.exp2(peaks - shift[None, :]) * sums, 0)
+    inside = (head < G)[:, None] & (column < DV)[None, :]
     acc = tl.zeros([GP, DVP], tl.float32)
-    for part in range(first, first + COUNT):
-        weight = tl.exp2(tl.load(part_peak + part * G + head, mask=head < G, other=float("-inf"), cache_modifier=".cg") - shift)
-        total += weight * tl.load(part_sum + part * G + head, mask=head < G, other=0.0, cache_modifier=".cg")
-        inside = (head < G)[:, None] & (column < DV)[None, :]
-        acc += weight[:, None] * tl.load(part_out + (part * G + head)[:, None] * DV + column[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    for part in tl.static_range(COUNT):
+        row = (first + part) * G + head
+        weight = tl.exp2(tl.load(part_peak + row, mask=head < G, other=float("-inf"), cache_modifier=".cg") - shift)
+        acc += weight[:, None] * tl.load(part_out + row[:, None] * DV + column[None, :], mask=inside, other=0.0, cache_modifier=".cg")
     seen = total > 0
     return tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0), tl.where(seen, shift + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
 
@@ -97,40 +103,29 @@ def _gate(gates, pair, BRANCH: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def _importance(
-    lse, own, spill, page_peak, pair, num_pages, max_pages, G: tl.constexpr, BLOCKS: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """How much probability falls on each block, summed over the heads: [PAGES * BLOCKS]. HEADS of them at a step."""
-    page = tl.arange(0, PAGES)
-    block = tl.arange(0, BLOCKS)
-    there = (page < num_pages)[None, :]
-    total = tl.zeros([PAGES, BLOCKS], tl.float32)
-    for start in tl.static_range(0, G, HEADS):
-        head = start + tl.arange(0, HEADS)
-        known = (head < G)[:, None] & there
-        row = pair * G + head
-        head_lse = tl.load(lse + row, mask=head < G, other=float("inf"), cache_modifier=".cg")[:, None]
-        peaks = page_peak + row[:, None] * max_pages + page[None, :]
+def _importance(lse, own, spill, page_peak, pair, num_pages, max_pages, G: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr):
+    """How much probability falls on each block, summed over the heads: [SPAN]. A block has what its own keys give it and what the last keys of the block before
+    reach into it, each relative to the largest score of the page it was computed in."""
+    block = tl.arange(0, SPAN)
+    here = block < num_pages * BLOCKS
+    reached = (block > 0) & (block <= num_pages * BLOCKS)
+    total = tl.zeros([SPAN], tl.float32)
+    for g in tl.static_range(G):
+        row = pair * G + g
+        log_sum = tl.load(lse + row, cache_modifier=".cg")
+        peaks = page_peak + row * max_pages
+        blocks = row * max_pages * BLOCKS + block
         # exp2(-inf - x) is 0, so what is not there counts nothing.
-        factor = tl.exp2(tl.load(peaks, mask=known, other=float("-inf"), cache_modifier=".cg") - head_lse)
-        before = tl.exp2(
-            tl.load(peaks - 1, mask=(head < G)[:, None] & ((page > 0) & (page <= num_pages))[None, :], other=float("-inf"), cache_modifier=".cg") - head_lse
-        )
-        at = (row[:, None] * max_pages + page[None, :])[:, :, None] * BLOCKS + block[None, None, :]
-        mine = tl.load(own + at, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
-        # What the last key of the block before reaches into this one.
-        first = (page == 0)[None, :, None] & (block == 0)[None, None, :]
-        from_before = (
-            (head < G)[:, None, None] & ((page < num_pages)[None, :, None] | ((page == num_pages)[None, :, None] & (block == 0)[None, None, :])) & ~first
-        )
-        reached = tl.load(spill + at - 1, mask=from_before, other=0.0, cache_modifier=".cg")
-        total += tl.sum(mine * factor[:, :, None] + reached * tl.where((block == 0)[None, None, :], before[:, :, None], factor[:, :, None]), 0)
-    return tl.reshape(total, [PAGES * BLOCKS])
+        factor = tl.exp2(tl.load(peaks + block // BLOCKS, mask=here, other=float("-inf"), cache_modifier=".cg") - log_sum)
+        before = tl.exp2(tl.load(peaks + (block - 1) // BLOCKS, mask=reached, other=float("-inf"), cache_modifier=".cg") - log_sum)
+        total += tl.load(own + blocks, mask=here, other=0.0, cache_modifier=".cg") * factor
+        total += tl.load(spill + blocks - 1, mask=reached, other=0.0, cache_modifier=".cg") * before
+    return total
 
 
 @triton.jit
 def _choose(
-    chosen, lse, own, spill, page_peak, pair, num_pages, max_pages, t, G: tl.constexpr, BLOCKS: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
+    chosen, lse, own, spill, page_peak, pair, num_pages, max_pages, t, G: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
     SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """The N blocks of a query at position t, -1 where there are fewer: all, if they are few; else forced ones and the most important."""
@@ -142,8 +137,8 @@ def _choose(
         FORCED: tl.constexpr = INITIAL + LOCAL
         found = tl.where(slot < INITIAL, slot, mine - LOCAL + 1 + slot - INITIAL)
         if N > FORCED:
-            block = tl.arange(0, PAGES * BLOCKS)
-            value = _importance(lse, own, spill, page_peak, pair, num_pages, max_pages, G, BLOCKS, PAGES, HEADS)
+            block = tl.arange(0, SPAN)
+            value = _importance(lse, own, spill, page_peak, pair, num_pages, max_pages, G, BLOCKS, SPAN)
             value = tl.where((block >= INITIAL) & (block <= mine - LOCAL), value, -1.0)
             for turn in range(FORCED, N):
                 _, place = tl.max(value, axis=0, return_indices=True, return_indices_tie_break_left=True)
@@ -157,8 +152,8 @@ def decode_scan(
     q, gates, k_cmp, v_cmp, k_win, v_win, pages, lengths, own, spill, page_peak, lse, part_out, part_peak, part_sum, counters, base, chosen, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    WINDOW: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, WINDOW_SPLITS: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, SPLITS_SPAN: tl.constexpr, WINDOW_SPLITS: tl.constexpr, WINDOW_SPAN: tl.constexpr, PAGES:
+    tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid [SPLITS + WINDOW_SPLITS, B * HKV]. base [B, Hq, DV]: both branches, gated. chosen int32 [B, HKV, N]."""
     BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)  # selection blocks of a page
@@ -209,25 +204,25 @@ def decode_scan(
     ALL: tl.constexpr = SPLITS + WINDOW_SPLITS
     _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * ALL + split, G, GP, DV, DVP)
     if _arrived(counters + pair, ALL):
-        out, log_sum = _merge(part_out, part_peak, part_sum, pair * ALL, SPLITS, G, GP, DV, DVP)
+        out, log_sum = _merge(part_out, part_peak, part_sum, pair * ALL, SPLITS, SPLITS_SPAN, G, GP, DV, DVP)
         tl.store(lse + pair * G + head, log_sum, mask=head < G)
-        near, _ = _merge(part_out, part_peak, part_sum, pair * ALL + SPLITS, WINDOW_SPLITS, G, GP, DV, DVP)
+        near, _ = _merge(part_out, part_peak, part_sum, pair * ALL + SPLITS, WINDOW_SPLITS, WINDOW_SPAN, G, GP, DV, DVP)
         out = out * _gate(gates, pair, 0, G, GP)[:, None] + near * _gate(gates, pair, 2, G, GP)[:, None]
         column = tl.arange(0, DVP)
         tl.store(base + (pair * G + head)[:, None] * DV + column[None, :], out, mask=(head < G)[:, None] & (column < DV)[None, :])
         tl.debug_barrier()
-        _choose(chosen, lse, own, spill, page_peak, pair, num_pages, max_pages, length - 1, G, BLOCKS, PAGES, HEADS, SELECT, N, NP, INITIAL, LOCAL)
+        _choose(chosen, lse, own, spill, page_peak, pair, num_pages, max_pages, length - 1, G, BLOCKS, PAGES * BLOCKS, SELECT, N, NP, INITIAL, LOCAL)
 
 
 @triton.jit(repr=lambda _: "decode_selected", do_not_specialize=["max_pages"])
 def decode_selected(
     q, gates, k_slc, v_slc, k_scale, v_scale, k_recent, v_recent, pages, lengths, base, chosen, part_out, part_peak, part_sum, counters, out, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, SPLITS_SPAN: tl.constexpr, QUANTIZED: tl.constexpr, THRESHOLD:
+    tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. out [B, Hq, DV]: base and the gated attention to the chosen blocks. QUANTIZED: pages hold e4m3 with a scale for each row, and the blocks
-    that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens instead."""
+    """Grid [SPLITS, B * HKV]. out [B, Hq, DV]: base and the gated attention to the chosen blocks. QUANTIZED: pages hold e4m3 with a scale for each row, and
+    the blocks that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens instead."""
     TOKENS: tl.constexpr = ROWS * STRIDE  # of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -262,7 +257,7 @@ def decode_selected(
         acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), values, factor, PRECISION)
     _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
     if _arrived(counters + pair, SPLITS):
-        far, _ = _merge(part_out, part_peak, part_sum, pair * SPLITS, SPLITS, G, GP, DV, DVP)
+        far, _ = _merge(part_out, part_peak, part_sum, pair * SPLITS, SPLITS, SPLITS_SPAN, G, GP, DV, DVP)
         head = tl.arange(0, GP)
         column = tl.arange(0, DVP)
         to = (pair * G + head)[:, None] * DV + column[None, :]
