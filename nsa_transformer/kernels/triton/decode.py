@@ -47,11 +47,11 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
         return floats(pairs, count, group, dv), floats(pairs, count, group), floats(pairs, count, group)
 
     counters = torch.zeros(2, pairs, dtype=torch.int32, device=q.device)
-    own, spill = floats(pairs, group, max_pages, blocks_of_page), floats(pairs, group, max_pages, blocks_of_page)
     base, chosen = floats(sequences, heads, dv), torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
     q, gates = q.contiguous(), gates.contiguous()
     decode_scan[(splits + window_splits, pairs)](
-        q, gates, cache.k_cmp, cache.v_cmp, cache.k_win, cache.v_win, cache.pages, cache.lengths, own, spill, floats(pairs, group, max_pages),
+        q, gates, cache.k_cmp, cache.v_cmp, cache.k_win, cache.v_win, cache.pages, cache.lengths,
+        floats(pairs, group, max_pages, blocks_of_page + 1), floats(pairs, group, max_pages),
         floats(pairs, group), *parts(splits + window_splits), counters[0], base, chosen, scale * LOG2E, max_pages,
         BLOCK=config.compress_block, NP=triton.next_power_of_2(config.num_selected), INITIAL=config.num_initial, LOCAL=config.num_local,
         WINDOW=config.window, RING=cache.k_win.shape[2], SPLITS=splits, SPLITS_SPAN=triton.next_power_of_2(splits),

@@ -103,29 +103,29 @@ def _gate(gates, pair, BRANCH: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def _importance(lse, own, spill, page_peak, pair, num_pages, max_pages, G: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr):
-    """How much probability falls on each block, summed over the heads: [SPAN]. A block has what its own keys give it and what the last keys of the block before
-    reach into it, each relative to the largest score of the page it was computed in."""
+def _importance(lse, shares, peaks, pair, num_pages, max_pages, G: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr):
+    """How much probability falls on each block, summed over the heads: [SPAN]. A block has what its page's keys give it and, as the first of its page, what the
+    last key of the page before reaches into it; each relative to the largest score seen when it was computed."""
     block = tl.arange(0, SPAN)
+    page = block // BLOCKS
     here = block < num_pages * BLOCKS
-    reached = (block > 0) & (block <= num_pages * BLOCKS)
+    first = (block % BLOCKS == 0) & (block > 0) & (block <= num_pages * BLOCKS)
     total = tl.zeros([SPAN], tl.float32)
     for g in tl.static_range(G):
         row = pair * G + g
         log_sum = tl.load(lse + row, cache_modifier=".cg")
-        peaks = page_peak + row * max_pages
-        blocks = row * max_pages * BLOCKS + block
+        at = row * max_pages + page
         # exp2(-inf - x) is 0, so what is not there counts nothing.
-        factor = tl.exp2(tl.load(peaks + block // BLOCKS, mask=here, other=float("-inf"), cache_modifier=".cg") - log_sum)
-        before = tl.exp2(tl.load(peaks + (block - 1) // BLOCKS, mask=reached, other=float("-inf"), cache_modifier=".cg") - log_sum)
-        total += tl.load(own + blocks, mask=here, other=0.0, cache_modifier=".cg") * factor
-        total += tl.load(spill + blocks - 1, mask=reached, other=0.0, cache_modifier=".cg") * before
+        factor = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf"), cache_modifier=".cg") - log_sum)
+        before = tl.exp2(tl.load(peaks + at - 1, mask=first, other=float("-inf"), cache_modifier=".cg") - log_sum)
+        total += tl.load(shares + at * (BLOCKS + 1) + block % BLOCKS, mask=here, other=0.0, cache_modifier=".cg") * factor
+        total += tl.load(shares + at * (BLOCKS + 1) - 1, mask=first, other=0.0, cache_modifier=".cg") * before
     return total
 
 
 @triton.jit
 def _choose(
-    chosen, lse, own, spill, page_peak, pair, num_pages, max_pages, t, G: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+    chosen, lse, shares, peaks, pair, num_pages, max_pages, t, G: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
     SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """The N blocks of a query at position t, -1 where there are fewer: all, if they are few; else forced ones and the most important."""
@@ -138,7 +138,7 @@ def _choose(
         found = tl.where(slot < INITIAL, slot, mine - LOCAL + 1 + slot - INITIAL)
         if N > FORCED:
             block = tl.arange(0, SPAN)
-            value = _importance(lse, own, spill, page_peak, pair, num_pages, max_pages, G, BLOCKS, SPAN)
+            value = _importance(lse, shares, peaks, pair, num_pages, max_pages, G, BLOCKS, SPAN)
             value = tl.where((block >= INITIAL) & (block <= mine - LOCAL), value, -1.0)
             for turn in range(FORCED, N):
                 _, place = tl.max(value, axis=0, return_indices=True, return_indices_tie_break_left=True)
@@ -149,11 +149,11 @@ def _choose(
 
 @triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
 def decode_scan(
-    q, gates, k_cmp, v_cmp, k_win, v_win, pages, lengths, own, spill, page_peak, lse, part_out, part_peak, part_sum, counters, base, chosen, scale, max_pages,
+    q, gates, k_cmp, v_cmp, k_win, v_win, pages, lengths, shares, peaks, lse, part_out, part_peak, part_sum, counters, base, chosen, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    WINDOW: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, SPLITS_SPAN: tl.constexpr, WINDOW_SPLITS: tl.constexpr, WINDOW_SPAN: tl.constexpr, PAGES:
-    tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, SPLITS_SPAN: tl.constexpr, WINDOW_SPLITS: tl.constexpr, WINDOW_SPAN: tl.constexpr,
+    PAGES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid [SPLITS + WINDOW_SPLITS, B * HKV]. base [B, Hq, DV]: both branches, gated. chosen int32 [B, HKV, N]."""
     BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)  # selection blocks of a page
@@ -171,24 +171,33 @@ def decode_scan(
     total = tl.zeros([GP], tl.float32)
     one = tl.full([ROWS], 1.0, tl.float32)
     if split < SPLITS:
-        share = (num_pages + SPLITS - 1) // SPLITS
-        for page in tl.range(split * share, tl.minimum((split + 1) * share, num_pages), num_stages=STAGES):
+        # A key spreads its probability over SPREAD runs of STRIDE tokens, RUNS of which make a block; those past its block's end are the next block's.
+        RUNS: tl.constexpr = SELECT // STRIDE
+        SPREAD: tl.constexpr = BLOCK // STRIDE
+        block = tl.arange(0, 2 * BLOCKS if BLOCKS > 8 else 16)  # of a page, and at BLOCKS the first of the next
+        mine = tl.minimum(RUNS - row % RUNS, SPREAD)[:, None]
+        behind = block[None, :] - (row // RUNS)[:, None]
+        fold = tl.where(behind == 0, mine, tl.where(behind == 1, SPREAD - mine, 0)).to(queries.dtype)
+        count = (num_pages + SPLITS - 1) // SPLITS
+        for page in tl.range(split * count, tl.minimum((split + 1) * count, num_pages), num_stages=STAGES):
             at = (tl.load(pages + sequence * max_pages + page).to(tl.int64) * HKV + pair % HKV) * ROWS + row
             inside = page * ROWS + row < visible
             s = tl.dot(queries, tl.trans(_tile(k_cmp, at, inside, DK, DKP)), input_precision=PRECISION) * scale
             s = tl.where(inside[None, :], s, float("-inf"))
-            acc, peak, total = _step(acc, peak, total, s, _tile(v_cmp, at, inside, DV, DVP), one, PRECISION)
-            # A key spreads its probability over SPREAD runs of STRIDE tokens; those past its block's end are the next block's.
-            top = tl.max(s, 1)
-            RUNS: tl.constexpr = SELECT // STRIDE
-            SPREAD: tl.constexpr = BLOCK // STRIDE
-            within = tl.minimum(RUNS - tl.arange(0, RUNS), SPREAD)
-            p = tl.reshape(tl.exp2(s - top[:, None]), [GP, BLOCKS, RUNS])
+            values = _tile(v_cmp, at, inside, DV, DVP)
+            new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: a page of the loop has a visible key
+            p = tl.exp2(s - new_peak[:, None])
+            fade = tl.exp2(peak - new_peak)
+            rounded = p.to(values.dtype)
+            acc = add_dot(rounded, values, acc * fade[:, None], PRECISION)
+            total = total * fade + tl.sum(p, 1)
+            peak = new_peak
+            share = tl.dot(rounded, fold, input_precision=PRECISION)
+            if PRECISION != "ieee":  # what rounding to 16 bits took away
+                share = tl.dot((p - rounded.to(tl.float32)).to(values.dtype), fold, share)
             to = (pair * G + head) * max_pages + page
-            tl.store(page_peak + to, top, mask=head < G)
-            to = to[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-            tl.store(own + to, tl.sum(p * within.to(tl.float32)[None, None, :], 2), mask=(head < G)[:, None])
-            tl.store(spill + to, tl.sum(p * (SPREAD - within).to(tl.float32)[None, None, :], 2), mask=(head < G)[:, None])
+            tl.store(peaks + to, peak, mask=head < G)
+            tl.store(shares + to[:, None] * (BLOCKS + 1) + block[None, :], share, mask=(head < G)[:, None] & (block <= BLOCKS)[None, :])
     else:
         TILES: tl.constexpr = RING // ROWS
         SHARE: tl.constexpr = (TILES + WINDOW_SPLITS - 1) // WINDOW_SPLITS
@@ -211,7 +220,7 @@ def decode_scan(
         column = tl.arange(0, DVP)
         tl.store(base + (pair * G + head)[:, None] * DV + column[None, :], out, mask=(head < G)[:, None] & (column < DV)[None, :])
         tl.debug_barrier()
-        _choose(chosen, lse, own, spill, page_peak, pair, num_pages, max_pages, length - 1, G, BLOCKS, PAGES * BLOCKS, SELECT, N, NP, INITIAL, LOCAL)
+        _choose(chosen, lse, shares, peaks, pair, num_pages, max_pages, length - 1, G, BLOCKS, PAGES * BLOCKS, SELECT, N, NP, INITIAL, LOCAL)
 
 
 @triton.jit(repr=lambda _: "decode_selected", do_not_specialize=["max_pages"])
