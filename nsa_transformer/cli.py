@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from nsa_transformer.config import ConfigError
+from nsa_transformer.config import ConfigError, ExpertOffloadingConfig
 from nsa_transformer.utils.threads import limit_spinning
 
 # Commands that have their place but are not built yet; each refuses by name.
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"error: out of memory; try --dtype bfloat16, a shorter prompt or --device cpu ({detail})", file=sys.stderr)
+        print(f"error: out of memory; try --dtype bfloat16, --expert-offloading, a shorter prompt or --device cpu ({detail})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -70,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--kv-cache", choices=["none", "fp8"], help="quantization of the cache; by default the run's own setting")
     generate.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (auto: cuda where there is one)")
     generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache (bfloat16 on a GPU, float32 on a CPU)")
-    generate.add_argument("--json", action="store_true", help="print one object: prompt_ids, ids, text")
+    generate.add_argument(
+        "--expert-offloading", action=argparse.BooleanOptionalAction, help="keep the experts in host memory; by default the run's own setting"
+    )
+    generate.add_argument("--gpu-budget-gib", type=float, metavar="GIB", help="with offloading: GPU memory for experts; by default the run's own setting")
+    generate.add_argument("--json", action="store_true", help="print one object: prompt_ids, ids, text; expert_offloading where experts are offloaded")
     generate.set_defaults(call=_generate)
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode and decode files").add_subparsers(required=True, metavar="ACTION")
@@ -107,6 +112,7 @@ def _generate(options: argparse.Namespace) -> int:
     from nsa_transformer.distributed.world import choose_device
     from nsa_transformer.inference.generate import SamplingConfig, generate_text
     from nsa_transformer.inference.load import load_checkpoint, saved_kv_cache
+    from nsa_transformer.memory.expert_offload import store_of
 
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed)
     kv_cache = saved_kv_cache(options.run)
@@ -114,7 +120,13 @@ def _generate(options: argparse.Namespace) -> int:
         kv_cache = replace(kv_cache, quantization=options.kv_cache)
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = load_checkpoint(options.run, device, dtype)
+    offloading = _expert_offloading(options)
+    model, tokenizer = load_checkpoint(options.run, device, dtype, offloading)
+    store = store_of(model)
+    if store is not None:
+        print(f"expert offloading: {store.describe()}", file=sys.stderr)
+    elif offloading.enabled:
+        print("expert offloading: the model runs on the CPU, where its experts are as it is; nothing is moved", file=sys.stderr)
     try:
         prompt_ids = tokenizer.encode(options.prompt)
     except UnicodeEncodeError:
@@ -127,8 +139,33 @@ def _generate(options: argparse.Namespace) -> int:
             print(piece if ids else options.prompt + piece, end="", flush=True)
         ids += new_ids
         text += piece
-    print(json.dumps({"prompt_ids": prompt_ids, "ids": ids, "text": text}) if options.json else "" if ids else options.prompt)
+    answer: dict[str, object] = {"prompt_ids": prompt_ids, "ids": ids, "text": text}
+    if store is not None:
+        moved = store.statistics()
+        answer["expert_offloading"] = dataclasses.asdict(moved) | {"hit_rate": moved.hit_rate, "copied_bytes": moved.copied_bytes}
+    print(json.dumps(answer) if options.json else "" if ids else options.prompt)
+    if store is not None and not options.json:
+        rate = "–" if moved.hit_rate is None else f"{moved.hit_rate:.1%}"
+        print(
+            f"expert offloading: {rate} of {moved.hits + moved.misses} lookups found their expert; copied {moved.copied_bytes / 1e9:.3f} GB "
+            f"({moved.misses} missing, {moved.prefetched} prefetched, {moved.streamed} streamed)",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _expert_offloading(options: argparse.Namespace) -> ExpertOffloadingConfig:
+    """The run's own setting, as far as the options do not change it."""
+    from nsa_transformer.inference.load import saved_expert_offloading
+
+    found = saved_expert_offloading(options.run)
+    if options.expert_offloading is not None:
+        found = dataclasses.replace(found, enabled=options.expert_offloading)
+    if options.gpu_budget_gib is not None:
+        if not found.enabled:
+            raise ConfigError(f"--gpu-budget-gib {options.gpu_budget_gib:g} needs offloading; add --expert-offloading")
+        found = dataclasses.replace(found, gpu_budget_gib=options.gpu_budget_gib)
+    return found
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:

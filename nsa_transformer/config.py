@@ -129,12 +129,16 @@ class MoEConfig:
     routed_scaling: float = doc("Factor on the renormalised routing weights.", 1.0)
     bias_update_rate: float = doc("Step of the balancing bias, once per optimizer step. 0 turns bias-based balancing off.", 0.001)
     sequence_loss_weight: float = doc("Weight of the sequence-wise balance loss. 0: off.", 0.0001)
+    global_loss_weight: float = doc(
+        "Weight of the balance loss over all tokens of an optimizer step, of all ranks and of its passes so far (arXiv 2501.11873). 0: off.", 0.0
+    )
     z_loss_weight: float = doc("Weight of the router z-loss. 0: off.", 0.0)
     forced_balance: bool = doc("For benchmarks: experts take turns whatever the router says, so all have the same load. The model learns no routing.", False)
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _not_negative(self, "num_experts", "num_shared_experts", "num_dense_layers", "bias_update_rate", "sequence_loss_weight", "z_loss_weight")
+        _not_negative(self, "num_experts", "num_shared_experts", "num_dense_layers", "bias_update_rate")
+        _not_negative(self, "sequence_loss_weight", "global_loss_weight", "z_loss_weight")
         _positive(self, "top_k", "expert_size", "routed_scaling", "num_groups", "top_groups")
         if self.num_experts:
             _need(
@@ -265,8 +269,14 @@ class TrainingConfig:
     )
     init_from: str | None = doc("Start from the weights of a run, checkpoint or export, with a fresh optimizer.", None)
     device: Literal["auto", "cpu", "cuda"] = doc("auto: cuda where there is one.", "auto")
-    cpu_threads: int | None = doc("Threads of each rank's matrix products on a CPU. null: torch's own choice, which is every core or OMP_NUM_THREADS.", None)
-    expert_parallel_size: int = doc("Ranks that share one set of experts.", 1)
+    cpu_threads: int | None = doc(
+        "Threads of each rank's matrix products on a CPU, or, with a GPU, of an offloaded optimizer. null: torch's own choice, which is every core or "
+        "OMP_NUM_THREADS; for the optimizer beside a GPU every core but two.",
+        None,
+    )
+    expert_parallel_size: int = doc(
+        "Ranks that share one set of experts; tokens travel to theirs by all-to-all. Divides the number of ranks and model.moe.num_experts.", 1
+    )
     context_parallel_size: int = doc("Ranks that share one pack.", 1)
 
     def __post_init__(self) -> None:
@@ -311,8 +321,45 @@ class KVCacheConfig:
 
 @dataclass(frozen=True)
 class ExpertOffloadingConfig:
-    enabled: bool = doc("Keep the experts in host memory and bring them to the GPU as they are needed.", False)
-    pin_memory: bool = doc("With enabled: page-lock the host memory of the experts.", True)
+    """Experts in host memory; gpu_budget_gib, policy and prefetch are of generation, in training its saved default."""
+
+    enabled: bool = doc(
+        "Keep the routed experts in host memory and bring them to the GPU as they are needed; in training layer by layer in each pass, and the optimizer "
+        "is then in host memory too. One process.",
+        False,
+    )
+    pin_memory: bool = doc(
+        "With enabled: page-lock the host memory of the experts, so that the GPU reads it itself. false: copies go through the host, several times slower.",
+        True,
+    )
+    gpu_budget_gib: float | None = doc(
+        "With enabled: GiB of GPU memory for experts, the slots of those at hand and the buffers of a prompt together. "
+        "null: three quarters of what is free once the rest of the model is loaded.",
+        None,
+    )
+    policy: Literal["lru", "frequency"] = doc(
+        "With enabled: which expert leaves its slot, the one not needed for longest or the one needed least often (uses count half after 64 tokens).", "lru"
+    )
+    prefetch: int = doc(
+        "With enabled: experts per token, the likeliest by the next layer's router on this layer's input, that are copied while this layer computes. Worth it "
+        "where the link has time to spare; a wrong guess costs a copy. 0: none.",
+        0,
+    )
+
+    def __post_init__(self) -> None:
+        budget = self.gpu_budget_gib
+        _need(budget is None or 0 < budget < math.inf, f"gpu_budget_gib={budget} must be greater than 0 and finite, or null")
+        _not_negative(self, "prefetch")
+        _need(self.pin_memory or not self.prefetch, f"prefetch={self.prefetch} needs page-locked memory; write prefetch=0 or pin_memory=true")
+
+
+@dataclass(frozen=True)
+class OptimizerOffloadingConfig:
+    enabled: bool = doc(
+        "Keep float32 weights, AdamW's moments and the sums of gradients in host memory and update them on the CPU, while the GPU goes on; it holds the "
+        "weights in the dtype that passes compute in. One process.",
+        False,
+    )
 
 
 @dataclass(frozen=True)
@@ -332,7 +379,13 @@ class MemoryConfig:
     )
     kv_cache: KVCacheConfig = doc("Key/value cache.", factory=KVCacheConfig)
     expert_offloading: ExpertOffloadingConfig = doc("Experts in host memory.", factory=ExpertOffloadingConfig)
+    optimizer_offloading: OptimizerOffloadingConfig = doc("The optimizer in host memory, in training.", factory=OptimizerOffloadingConfig)
     cuda_kernels: CudaKernelsConfig = doc("The CUDA C++ extension.", factory=CudaKernelsConfig)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """In training: asked for, or because the experts are offloaded."""
+        return self.optimizer_offloading.enabled or self.expert_offloading.enabled
 
 
 @dataclass(frozen=True)
@@ -470,20 +523,23 @@ class Config:
             self.training.resume is None or self.training.init_from is None,
             "training.resume and training.init_from exclude each other: one continues a run, the other starts a new one; drop one of them",
         )
+        ahead, top_k = self.memory.expert_offloading.prefetch, self.model.moe.top_k
+        _need(ahead <= top_k, f"memory.expert_offloading.prefetch={ahead} is more than model.moe.top_k={top_k}; write {top_k} or fewer")
+        size, experts = self.training.expert_parallel_size, self.model.moe.num_experts
+        _need(size == 1 or experts > 0, f"training.expert_parallel_size={size} but model.moe.num_experts=0; write training.expert_parallel_size=1")
+        fits = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        _need(experts % size == 0, f"training.expert_parallel_size={size} does not divide model.moe.num_experts={experts}; write one of {fits}")
 
 
 def unsupported_options(config: Config) -> list[str]:
     """Options that are valid but that nothing implements yet, each as a sentence naming its key. A run refuses to start on any."""
     kernels, training = config.memory.cuda_kernels, config.training
     found = []
-    if config.memory.expert_offloading.enabled:
-        found.append("memory.expert_offloading.enabled=true is not built yet; write memory.expert_offloading.enabled=false")
     for name in ("enable_hbm_optimizations", "enable_bank_conflict_avoidance"):
         if getattr(kernels, name):
             found.append(f"memory.cuda_kernels.{name}=true is not built yet; write memory.cuda_kernels.{name}=false")
-    for name in ("expert_parallel_size", "context_parallel_size"):
-        if getattr(training, name) != 1:
-            found.append(f"training.{name}={getattr(training, name)} is not built yet; write training.{name}=1")
+    if training.context_parallel_size != 1:
+        found.append(f"training.context_parallel_size={training.context_parallel_size} is not built yet; write training.context_parallel_size=1")
     return found
 
 

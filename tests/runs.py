@@ -21,7 +21,7 @@ from nsa_transformer.training.metrics import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = ROOT / "training" / "trainer.py"
 # What depends on the clock and the machine, not on the run.
-UNSTEADY = {"tokens_per_second", "mfu", "max_memory_gib", "data_wait_fraction"}
+UNSTEADY = {"tokens_per_second", "mfu", "max_memory_gib", "data_wait_fraction", "update_wait_fraction"}
 SMALL = (
     "model=tiny",
     "model.vocab_size=300",

@@ -22,6 +22,8 @@ import torch
 import yaml
 
 from nsa_transformer import cli
+from nsa_transformer.config import ExpertOffloadingConfig
+from nsa_transformer.kernels.dispatch import interpreted
 from nsa_transformer.training.trainer import Trainer
 from tests.runs import ENTRY, QUIET, ROOT, SMALL, command, entry, environment, overrides, small_config, steady_rows, write_corpus
 
@@ -102,11 +104,10 @@ def test_the_readme_composes(train: Callable[..., Answer], name: str) -> None:
             assert str(found).lower() == value
 
 
-@pytest.mark.parametrize("name", ["example", "offloading", "kernels"])
+@pytest.mark.parametrize("name", ["example", "kernels"])
 def test_what_is_not_built_is_refused_by_name_when_a_run_starts(train: Callable[..., Answer], name: str, tmp_path: Path) -> None:
     for override in README_COMMANDS[name][-1:]:
-        key = override.split("=")[0] if name != "offloading" else "memory.expert_offloading.enabled"
-        is_one_message(train(*README_COMMANDS[name]), re.escape(key) + r"=\w+ is not built yet")
+        is_one_message(train(*README_COMMANDS[name]), re.escape(override.split("=")[0]) + r"=\w+ is not built yet")
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -267,7 +268,10 @@ def test_the_panel_on_a_terminal(finished: Path, tmp_path: Path) -> None:
         (["--multirun"], r"--multirun is not supported"),
         (["data.max_length=4096"], r"data\.max_length=4096 is longer than model\.max_position_embeddings=2048; write"),
         (["training.batch_size=3", "training.micro_batch_size=2"], r"micro_batch_size=2 must divide batch_size=3"),
-        (["training.expert_parallel_size=2"], r"training\.expert_parallel_size=2 is not built yet"),
+        (["training.context_parallel_size=2"], r"training\.context_parallel_size=2 is not built yet"),
+        (["training.expert_parallel_size=2"], r"expert_parallel_size=2 does not divide the number of ranks, 1; .*torchrun --nproc_per_node=2"),
+        (["training.expert_parallel_size=3"], r"expert_parallel_size=3 does not divide model\.moe\.num_experts=4; write one of 1, 2, 4"),
+        (["training.expert_parallel_size=2", "model.moe.num_experts=0"], r"expert_parallel_size=2 but model\.moe\.num_experts=0"),
         (["data.path=/nope/text"], r"data\.path=/nope/text does not exist"),
         (["data.path="], r"data\.path= is empty"),
         (["data.path={folder}/empty"], r"corpus is empty"),
@@ -354,6 +358,26 @@ def test_generate(finished: Path) -> None:
     stop = answer["text"][2:4]
     stopped = json.loads(nsa("generate", run, *ask, "--json", "--stop", stop)[1])
     assert stopped["text"] == answer["text"][: answer["text"].find(stop)]
+    # On a CPU the experts are in host memory as it is.
+    status, out, err = nsa("generate", run, *ask, "--json", "--expert-offloading", "--gpu-budget-gib", "1")
+    assert (status, json.loads(out)) == (0, answer) and err.startswith("expert offloading: the model runs on the CPU") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(not interpreted(), reason="on the CPU the kernels are interpreted or not there")
+def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_transformer.inference import load
+
+    settings = ExpertOffloadingConfig(enabled=True, gpu_budget_gib=0.01)
+    monkeypatch.setattr(load, "_whole", lambda *inputs: load._offloaded(*inputs, settings))
+    ask = [str(finished / "run"), "--prompt", "abc de", "--max-new-tokens", "3", "--temperature", "0", "--device", "cpu"]
+    status, out, err = nsa("generate", *ask, "--json")
+    found = json.loads(out)["expert_offloading"]
+    assert status == 0 and err.startswith("expert offloading: 1 x 4 experts in") and err.count("\n") == 1
+    copies = found["misses"] + found["streamed"]
+    assert copies >= 4 and found["copied_bytes"] == copies * found["expert_bytes"]
+    assert found["hit_rate"] == found["hits"] / (found["hits"] + found["misses"])
+    status, out, err = nsa("generate", *ask)
+    assert status == 0 and out.startswith("abc de") and err.count("\n") == 2 and "lookups found their expert; copied 0.0" in err
 
 
 @pytest.mark.parametrize(
@@ -368,6 +392,8 @@ def test_generate(finished: Path) -> None:
         (["generate", "{run}", "--prompt", "a", "--top-p", "0"], r"top_p=0"),
         (["generate", "{run}", "--prompt", "a", "--stop", ""], r"a stop text is empty"),
         (["generate", "{run}", "--prompt", "a", "--kv-cache", "fp8"], r"--kv-cache fp8 is not built yet"),
+        (["generate", "{run}", "--prompt", "a", "--gpu-budget-gib", "2"], r"--gpu-budget-gib 2 needs offloading; add --expert-offloading"),
+        (["generate", "{run}", "--prompt", "a", "--expert-offloading", "--gpu-budget-gib", "-2"], r"gpu_budget_gib=-2\.0 must be greater than 0"),
         (["inspect", "{folder}"], r"is no run"),
         (["tokenizer", "train", "{folder}/text", "--vocab-size", "9", "--output", "{tmp}/t"], r"--vocab-size 9 is too small"),
         (["tokenizer", "train", "/nope", "--vocab-size", "300", "--output", "{tmp}/t"], r"/nope does not exist"),

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_transformer import ModelConfig, MoEConfig, NSAConfig, Transformer
+from nsa_transformer.distributed.world import World
 from nsa_transformer.kernels import experts
 from nsa_transformer.memory.activation_checkpointing import apply_activation_checkpointing
-from nsa_transformer.models.moe import MixtureOfExperts, Router, load_statistics
+from nsa_transformer.models.moe import MixtureOfExperts, Router, global_balance_loss, load_statistics
+from nsa_transformer.training.balance import StepLoad
 
 CONFIG = MoEConfig(num_experts=8, top_k=2, expert_size=16, num_shared_experts=1, bias_update_rate=0.01, sequence_loss_weight=0.0)
 
@@ -145,8 +147,14 @@ def test_groups_that_cannot_be(changes: dict[str, int], words: str):
 def test_statistics_of_a_load():
     even, one, dead = [5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]
     found = load_statistics(torch.tensor([even, dead]))
-    assert found == {"expert_load_max_over_mean": 2.0, "expert_load_entropy": pytest.approx(0.5), "dead_experts": 2}
-    assert load_statistics(torch.tensor([even])) == {"expert_load_max_over_mean": 1.0, "expert_load_entropy": pytest.approx(1.0), "dead_experts": 0}
+    assert found == {
+        "expert_load_max_over_mean": 2.0,
+        "expert_load_entropy": pytest.approx(0.5),
+        "dead_experts": 2,
+        "expert_balance": {"max_over_mean": [1.0, 2.0], "entropy": [1.0, 0.5], "dead": [0, 2]},
+        "expert_load": [[0.25] * 4, [0.5, 0.5, 0.0, 0.0]],
+    }
+    assert load_statistics(torch.tensor([[1, 2]]))["expert_load"] == [[0.33333, 0.66667]]
     assert load_statistics(torch.tensor([one, even]))["expert_load_entropy"] == 0.0
     assert load_statistics(torch.zeros(1, 4, dtype=torch.int64))["dead_experts"] == 4
 
@@ -207,6 +215,37 @@ def test_the_bias_balances_a_router_that_starts_out_imbalanced(capsys: pytest.Ca
     assert after < 1.15
 
 
+@pytest.mark.parametrize(("bias", "weight", "bound"), [(0.02, 0.0, 1.8), (0.0, 0.1, 2.5), (0.0, 0.0, None)], ids=["bias", "global loss", "neither"])
+def test_a_collapsed_router_recovers(bias: float, weight: float, bound: float | None):
+    """Every token goes to expert 0, whose logit is 4 ahead through a direction that all tokens share. The bias alone undoes that, and so does the global loss
+    alone, though slowly: its gradient is small where a score is near 1."""
+    generator = torch.Generator().manual_seed(1)
+    config = MoEConfig(num_experts=8, top_k=1, expert_size=16, bias_update_rate=bias, sequence_loss_weight=0.0, global_loss_weight=weight)
+    mixture = layer(config, hidden=16)
+    with torch.no_grad():
+        mixture.router.weight.normal_(std=0.2, generator=generator)
+        mixture.router.weight[:, 0] = torch.tensor([4.0] + [0.0] * 7)
+    optimizer = torch.optim.Adam(mixture.parameters(), lr=3e-2)
+    worst = []
+    for _ in range(400):
+        x = torch.randn(256, 16, generator=generator)
+        x[:, 0] = 1.0
+        y, statistics = run(mixture, x)
+        loss = F.mse_loss(y, x.flip(1))
+        if statistics.share is not None:
+            loss = loss + global_balance_loss(statistics.share[None], statistics.load[None], weight) / len(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mixture.router.update_bias(statistics.load)
+        worst.append(load_statistics(statistics.load[None])["expert_load_max_over_mean"])
+    assert worst[0] == 8.0, "it must have collapsed"
+    if bound is not None:
+        assert max(worst[-10:]) < bound, worst[::10]
+    else:
+        assert min(worst) > 6.0, "it must not recover by itself"
+
+
 # ---------------------------------------------------------------------------------------------------------- the statistics
 
 
@@ -250,6 +289,19 @@ def test_sequence_loss_pulls_towards_balance():
     logits.requires_grad_()
     router.statistics(logits, indices, torch.zeros(3, dtype=torch.int64), 1, None).auxiliary.backward()
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1] < 0).all()
+
+
+def test_global_loss_by_hand():
+    """The shares are those of the sequence loss; the frequencies come from elsewhere as well."""
+    router, logits, indices = hand_made(MoEConfig(num_experts=2, top_k=1, sequence_loss_weight=0.0, global_loss_weight=0.5))
+    document, valid = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, True])
+    share = router.statistics(logits, indices, document, 1, valid).share
+    torch.testing.assert_close(share, torch.tensor([1.0, 1.0]))  # 3/4 + 1/4 and 1/4 + 3/4
+    assert float(global_balance_loss(torch.tensor([[1.5, 0.5]]), torch.tensor([[30, 10]]), 0.5)) == pytest.approx(0.5 * 2 * (0.75 * 1.5 + 0.25 * 0.5))
+    assert float(global_balance_loss(torch.tensor([[1.5, 0.5]]), torch.tensor([[0, 0]]), 0.5)) == 0.0
+    with torch.no_grad():
+        assert router.statistics(logits, indices, document, 1, valid).share is None
+    assert hand_made(CONFIG)[0].statistics(logits, indices, document, 1, None).share is None, "not computed where nothing asks for it"
 
 
 def test_z_loss_by_hand():
@@ -321,6 +373,34 @@ def test_load_and_losses_do_not_change_with_activation_checkpointing(mode: str):
         results.append(out)
     assert torch.equal(results[0].load, results[1].load) and int(results[1].load.sum()) == 2 * 2 * 37
     assert torch.equal(results[0].auxiliary, results[1].auxiliary) and results[1].auxiliary.item() > 0
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_the_global_loss_of_each_pass_is_the_formula(mode: str):
+    """Value and gradient of three passes with padding, in float64 from the logits: f of the passes so far, P of the pass."""
+    model = tiny(num_dense_layers=2, global_loss_weight=0.3, sequence_loss_weight=0.0, z_loss_weight=0.0)
+    apply_activation_checkpointing(model, mode)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def record(_module: Router, _inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        output[2].retain_grad()
+        seen.append((output[0], output[2]))
+
+    model.layers[2].mlp.router.register_forward_hook(record)
+    step, visits = StepLoad(0.3, World(0, 1, torch.device("cpu"), None)), torch.zeros(6, dtype=torch.float64)
+    for tokens, cu_seqlens, targets, valid in packs(3):
+        out = model(tokens, cu_seqlens, targets=targets, valid=valid)
+        found = step.add(out) - out.loss
+        indices, logits = seen[-1]
+        exact = logits.detach().double().requires_grad_()
+        visits += torch.bincount(indices[valid].flatten(), minlength=6)
+        shares = (exact.sigmoid() / exact.sigmoid().sum(-1, keepdim=True))[valid].sum(0)
+        expected = 0.3 * 6 * (visits / visits.sum() * shares).sum()
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        found.backward()
+        expected.backward()
+        torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-8)
+    assert torch.equal(step.total()[0], visits.long()) and len(seen) == (6 if mode == "full" else 3)
 
 
 def test_accumulation_equals_one_large_pack():

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nsa_transformer.config import Config, ConfigError, build_config, to_dict
-from nsa_transformer.distributed.parallelize import assign, reshard, whole
+from nsa_transformer.distributed.parallelize import Shards, reshard
 from nsa_transformer.distributed.world import World
+from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, master_of
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.utils.files import MARK, atomic_folder
 
@@ -133,17 +134,18 @@ def _gather(model: Transformer, optimizer: torch.optim.Optimizer, world: World) 
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     reshard(model)
+    shards = Shards(model)
     assert set(optimizer.state) <= set(model.parameters())
 
-    def keep(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-        full = whole(tensor.detach())
+    def keep(into: dict[str, Tensor], name: str, tensor: Tensor, key: str = "") -> None:
+        full = shards.whole(name, tensor.detach())
         if world.is_main:
-            into[name] = full.to("cpu", copy=True).contiguous()
+            into[key + name] = full.to("cpu", copy=True).contiguous()
 
     for name, parameter in model.named_parameters():
-        keep(weights, name, parameter)
+        keep(weights, name, master_of(optimizer, parameter))
         for key, value in optimizer.state.get(parameter, {}).items():
-            keep(moments, f"{key}/{name}", value)
+            keep(moments, name, value, f"{key}/")
     for name, buffer in model.named_buffers():
         keep(weights, name, buffer)
     if world.is_main:
@@ -153,42 +155,52 @@ def _gather(model: Transformer, optimizer: torch.optim.Optimizer, world: World) 
     return weights, moments
 
 
-def load_weights(path: Path, model: Transformer) -> None:
-    """Copy `model.safetensors` of a folder into a model, sharded or not.
+def load_weights(
+    path: Path, model: Transformer, optimizer: torch.optim.Optimizer | None = None, elsewhere: Mapping[str, Callable[[Any], None]] | None = None
+) -> None:
+    """Copy `model.safetensors` of a folder into a model, sharded or not, or into the masters of an offloaded optimizer. Parameters named in `elsewhere` are not
+    the model's to hold: what stands there takes the tensor from the file, which it may slice before it is read.
 
     Raises `ConfigError` where it is missing, damaged or of another shape, before anything is copied.
     """
     file = path / MODEL
-    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters = {name: parameter if optimizer is None else master_of(optimizer, parameter) for name, parameter in model.named_parameters()}
+    targets = parameters | dict(model.named_buffers())
+    shards = Shards(model)
     try:
         with safe_open(file, "pt") as saved:
-            _match(file, {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}, targets)  # noqa: SIM118
+            found = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+            _match(file, found, {name: list(shards.shape(name, target)) for name, target in targets.items()})
             for name, target in targets.items():
-                assign(target, saved.get_tensor(name))
+                if elsewhere is not None and name in elsewhere:
+                    elsewhere[name](saved.get_slice(name))
+                else:
+                    shards.assign(name, target, saved.get_tensor(name))
+        if isinstance(optimizer, OffloadedAdamW):
+            optimizer.publish()
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist; name a run, a checkpoint or an export") from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} is damaged ({error}); name another checkpoint") from None
 
 
-def _match(file: Path, shapes: dict[str, list[int]], targets: dict[str, Tensor]) -> None:
-    for name, target in targets.items():
+def _match(file: Path, shapes: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    for name, shape in wanted.items():
         if name not in shapes:
             raise ConfigError(f"{file} has no {name}: it is of another architecture; take its own model settings, from the config.yaml beside it")
-        if shapes[name] != list(target.shape):
+        if shapes[name] != shape:
             raise ConfigError(
-                f"{file} has {name} of shape {shapes[name]} where this model has {list(target.shape)}; "
-                "take its own model settings, from the config.yaml beside it"
+                f"{file} has {name} of shape {shapes[name]} where this model has {shape}; take its own model settings, from the config.yaml beside it"
             )
-    extra = sorted(set(shapes) - set(targets))
+    extra = sorted(set(shapes) - set(wanted))
     if extra:
         raise ConfigError(f"{file} has {extra[0]}, which this model has not; take its own model settings, from the config.yaml beside it")
 
 
 def load_checkpoint_into(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
     """Restore weights, router biases, moments and RNG states; returns state.json. Raises `ConfigError` on any damage or other shape."""
-    load_weights(path, model)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    load_weights(path, model, optimizer)
+    names, shards = {parameter: name for name, parameter in model.named_parameters()}, Shards(model)
     try:
         with safe_open(path / OPTIMIZER, "pt") as saved:
             # Every update so far may have been skipped; then AdamW has no moments yet.
@@ -197,18 +209,24 @@ def load_checkpoint_into(path: Path, model: Transformer, optimizer: torch.optim.
             for group in optimizer.param_groups if has_moments else ():
                 for parameter in group["params"]:
                     name = names[parameter]
-                    step = saved.get_tensor(f"step/{name}")
-                    state = {"step": step.to(world.device) if group["fused"] and world.device.type == "cuda" else step}
-                    for moment in MOMENTS:
-                        state[moment] = torch.zeros_like(parameter)
-                        assign(state[moment], saved.get_tensor(f"{moment}/{name}"))
-                    optimizer.state[parameter] = state
+                    state = _new_state(optimizer, parameter, group, world)
+                    for key, value in state.items():
+                        shards.assign(name, value, saved.get_tensor(f"{key}/{name}"))
             torch.set_rng_state(saved.get_tensor("rng/cpu"))
             if world.device.type == "cuda" and "rng/cuda" in saved.keys():  # noqa: SIM118
                 torch.cuda.set_rng_state(saved.get_tensor("rng/cuda"))
         return json.loads((path / STATE).read_text())
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}); name another checkpoint, or training.resume=auto for the newest whole one") from None
+
+
+def _new_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, group: dict[str, Any], world: World) -> dict[str, Tensor]:
+    """Step count and moments of a parameter that has had no update yet, as AdamW keeps them."""
+    if isinstance(optimizer, OffloadedAdamW):
+        return optimizer.host_state(parameter)
+    step = torch.zeros((), device=world.device if group["fused"] and world.device.type == "cuda" else "cpu")
+    optimizer.state[parameter] = {"step": step} | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+    return optimizer.state[parameter]
 
 
 def resolve_weights(path: str, key: str) -> Path:

@@ -6,14 +6,21 @@ from pathlib import Path
 
 import torch
 
-from nsa_transformer.config import ConfigError, KVCacheConfig
+from nsa_transformer.config import Config, ConfigError, ExpertOffloadingConfig, KVCacheConfig
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, load_weights, read_config, resolve_weights
 from nsa_transformer.distributed.world import choose_device
+from nsa_transformer.memory.expert_offload import offload_experts
+from nsa_transformer.models.moe import MixtureOfExperts
 from nsa_transformer.models.transformer import Transformer
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+def load_checkpoint(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    expert_offloading: ExpertOffloadingConfig | None = None,
+) -> tuple[Transformer, Tokenizer]:
     """The model, in eval mode, and the tokenizer of a run, of one checkpoint of it, or of an exported folder.
 
     Args:
@@ -21,6 +28,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
             `config.yaml`, `model.safetensors` and `tokenizer.json`.
         device: `cpu`, `cuda`, `auto`, or a torch device.
         dtype: of the weights; None: as saved, float32.
+        expert_offloading: whether experts stay in host memory, and how; None: as the run was configured. `store_of(model)` then knows hits and copies.
+            On a CPU the experts are in host memory as it is, and nothing changes.
 
     Raises:
         ConfigError: a ValueError that says what is missing or damaged.
@@ -33,16 +42,38 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {config.model.vocab_size}")
+    offloading = expert_offloading or config.memory.expert_offloading
+    model = _offloaded(folder, config, target, dtype, offloading) if offloading.enabled and target.type != "cpu" else _whole(folder, config, target, dtype)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _on_meta(config: Config, dtype: torch.dtype | None) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config.model)
-    model.to_empty(device=target)
-    load_weights(folder, model)
     if dtype is not None:
         for name, parameter in model.named_parameters():
             # The router decides in float32, whatever the rest computes in.
             if not name.endswith("router.weight"):
                 parameter.data = parameter.data.to(dtype)
-    return model.requires_grad_(False).eval(), tokenizer
+    return model
+
+
+def _whole(folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None) -> Transformer:
+    model = _on_meta(config, dtype)
+    model.to_empty(device=device)
+    load_weights(folder, model)
+    return model
+
+
+def _offloaded(folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None, offloading: ExpertOffloadingConfig) -> Transformer:
+    """The experts go from the file into the store, one at a time; neither memory ever holds them twice."""
+    model = _on_meta(config, dtype)
+    for module in model.modules():
+        if not isinstance(module, MixtureOfExperts):  # its own parameters are the experts
+            module.to_empty(device=device, recurse=False)
+    store = offload_experts(model, device, offloading)
+    load_weights(folder, model, elsewhere=store.destinations(model))
+    return model
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -58,7 +89,16 @@ def _device(device: str | torch.device) -> torch.device:
 
 def saved_kv_cache(path: str | Path) -> KVCacheConfig:
     """`memory.kv_cache` as the run was trained with it: the default of its generation. Raises `ConfigError` as `load_checkpoint`."""
+    return _saved_config(path).memory.kv_cache
+
+
+def saved_expert_offloading(path: str | Path) -> ExpertOffloadingConfig:
+    """`memory.expert_offloading` of a run in the same way."""
+    return _saved_config(path).memory.expert_offloading
+
+
+def _saved_config(path: str | Path) -> Config:
     folder = Path(path).expanduser()
     if not (folder / CONFIG).exists():
         folder = resolve_weights(str(path), "path")
-    return read_config(folder).memory.kv_cache
+    return read_config(folder)

@@ -1,8 +1,8 @@
 """`experts`: a mixture of SwiGLU experts over routed tokens, without dropping any.
 
 Backends: `reference`, a loop over experts in plain autograd (float64-capable, judges the others); `torch`, grouped matrix products; and `triton`, kernels
-with gather and SwiGLU in the products (`kernels/triton/experts.py`). The latter two have a backward of their own that saves only the input, the
-pre-activations and the routing.
+with gather and SwiGLU in the products (`kernels/triton/experts.py`), and others for the few rows of decoding, without gradients
+(`kernels/triton/experts_decode.py`). The latter two have a backward of their own that saves only the input, the pre-activations and the routing.
 
 Shape letters: T tokens, K experts per token, R = T * K routed rows sorted by expert, E experts, I expert width, H hidden width.
 """
@@ -145,19 +145,24 @@ def _kernels_refuse(x: Tensor, w2: Tensor) -> str | None:
 
 @torch.library.custom_op("nsa_transformer::experts_triton", mutates_args=())
 def _triton(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output [T, H]; with `save` the pre-activations [R, 2I] in expert order, else none; the routing: order int64 [R], offsets int32 [E + 1]."""
+    """The output [T, H]; with `save` the pre-activations [R, 2I] in expert order and the routing, order int64 [R] and offsets int32 [E + 1]; else none."""
     from nsa_transformer.kernels.triton import experts as kernels
+    from nsa_transformer.kernels.triton import experts_decode
 
     _check_values(indices, w13.shape[0])
+    nothing = (x.new_empty(0, w13.shape[1]), indices.new_empty(0, dtype=torch.int64), indices.new_empty(0, dtype=torch.int32))
     with torch.cuda.device_of(x):
+        if not save and indices.numel() <= experts_decode.MAX_ROWS:
+            return experts_decode.forward(x, indices, weights, w13, w2), *nothing
         out, hidden, routing = kernels.forward(x, indices, weights, w13, w2, save)
-    return out, hidden, routing.order, routing.offsets
+    return (out, hidden, routing.order, routing.offsets) if save else (out, *nothing)
 
 
 @_triton.register_fake
 def _(x, indices, weights, w13, w2, save):
-    order, offsets = (indices.new_empty(size, dtype=dtype) for size, dtype in ((indices.numel(), torch.int64), (w13.shape[0] + 1, torch.int32)))
-    return x.new_empty(x.shape), x.new_empty(indices.numel() if save else 0, w13.shape[1]), order, offsets
+    rows, starts = (indices.numel(), w13.shape[0] + 1) if save else (0, 0)
+    order, offsets = indices.new_empty(rows, dtype=torch.int64), indices.new_empty(starts, dtype=torch.int32)
+    return x.new_empty(x.shape), x.new_empty(rows, w13.shape[1]), order, offsets
 
 
 @torch.library.custom_op("nsa_transformer::experts_triton_backward", mutates_args=())

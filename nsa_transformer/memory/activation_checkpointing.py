@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -26,12 +27,14 @@ DEAR = (
 )
 
 
-def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
+def apply_activation_checkpointing(model: Transformer, mode: str, always: Iterable[Any] = ()) -> None:
     """`none`: keep everything. `selective`: keep attention and expert outputs, recompute the cheap rest of each block.
-    `full`: keep each block's input alone. Gradients are the same bits in all three on a deterministic device."""
+    `full`: keep each block's input alone. Gradients are the same bits in all three on a deterministic device.
+
+    `always`: further operators whose outputs, like the chosen experts, are kept whatever the mode."""
     if mode == "none":
         return
-    kept = frozenset(ROUTING + DEAR if mode == "selective" else ROUTING)
+    kept = frozenset((*ROUTING, *always, *(DEAR if mode == "selective" else ())))
 
     def policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from nsa_transformer.config import MoEConfig
 from nsa_transformer.kernels import experts
+
+# Takes `experts`, w13 and w2, and returns what the experts make of tokens that were dispatched, [T, hidden].
+Arrive = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
 
 
 class MLP(nn.Module):
@@ -33,25 +37,50 @@ class RouterStatistics:
     """What one pass through a layer says of its router.
 
     load       int64 [E], visits of real tokens to each expert
-    auxiliary  float32 scalar, the weighted balance and z losses, summed over real tokens
+    auxiliary  float32 scalar, the weighted sequence and z losses, summed over real tokens
+    share      float32 [E], each expert's part of a token's scores, summed over real tokens, for `global_balance_loss`; None where that has no weight
     """
 
     load: Tensor
     auxiliary: Tensor
+    share: Tensor | None
 
 
-def load_statistics(load: Tensor) -> dict[str, float | int]:
-    """What a metrics row says of the visits to each expert, int64 [MoE layers, E], of a step: of the least balanced layer the busiest expert over the mean, and
-    the entropy of the shares over that of even ones (1: even, 0: one expert has all); and how many experts of all layers nobody visited."""
+def global_balance_loss(share: Tensor, load: Tensor, weight: float) -> Tensor:
+    """Balance over all tokens of an optimizer step instead of one document (arXiv 2501.11873): `weight * tokens * sum_i f_i P_i` for each layer, summed.
+
+    Args:
+        share: float32 `[layers, E]` of one pass on one rank, with gradient: tokens * P.
+        load: int64 `[layers, E]`, visits on all ranks in the passes of the step so far, this one among them. f is E times each expert's part of them.
+
+    Like the other router losses it is summed over tokens: over the passes and ranks of a step it comes to tokens * weight where experts are balanced.
+    """
+    frequency = load / load.sum(-1, keepdim=True).clamp(min=1) * load.shape[-1]
+    return weight * (frequency * share).sum()
+
+
+def load_statistics(load: Tensor) -> dict[str, Any]:
+    """What a metrics row says of the visits to each expert, int64 [MoE layers, E], of a step.
+
+    Of the least balanced layer the busiest expert over the mean, and the entropy of the shares over that of even ones (1: even, 0: one expert has all); how
+    many experts of all layers nobody visited; the same for each layer in `expert_balance`; and each layer's shares in `expert_load`, to five digits.
+    """
     load = load.cpu()  # one wait for the device, not one for each number
-    total = load.sum(-1, keepdim=True)
-    share = load.double() / total.clamp(min=1)
+    share = load.double() / load.sum(-1, keepdim=True).clamp(min=1)
+    worst = share.max(-1).values * load.shape[-1]
     entropy = -(share * share.clamp(min=1e-300).log()).sum(-1) / math.log(max(load.shape[-1], 2))
+    dead = (load == 0).sum(-1)
     return {
-        "expert_load_max_over_mean": float((share.max(-1).values * load.shape[-1]).max()),
+        "expert_load_max_over_mean": float(worst.max()),
         "expert_load_entropy": float(entropy.min()),
-        "dead_experts": int((load == 0).sum()),
+        "dead_experts": int(dead.sum()),
+        "expert_balance": {"max_over_mean": _rounded(worst), "entropy": _rounded(entropy), "dead": dead.tolist()},
+        "expert_load": _rounded(share),
     }
+
+
+def _rounded(values: Tensor) -> list[Any]:
+    return values.round(decimals=5).tolist()
 
 
 class Router(nn.Module):
@@ -94,7 +123,7 @@ class Router(nn.Module):
         return biased.topk(config.top_k, dim=-1).indices
 
     def statistics(self, logits: Tensor, indices: Tensor, document: Tensor, num_documents: int, valid: Tensor | None) -> RouterStatistics:
-        """Load, sequence-wise balance loss (arXiv 2412.19437, equations 17–20; a sequence is a document) and z-loss (arXiv 2202.08906).
+        """Load, sequence-wise balance loss (arXiv 2412.19437, equations 17–20; a sequence is a document), z-loss (arXiv 2202.08906) and shares.
 
         document int64 `[T]`; valid bool `[T]`, False for padding, None for no padding.
         """
@@ -102,12 +131,15 @@ class Router(nn.Module):
         chosen = torch.zeros_like(logits).scatter_(-1, indices, 1.0)
         if valid is not None:
             chosen = chosen * valid[:, None]
-        auxiliary = logits.new_zeros(())
-        if config.sequence_loss_weight and torch.is_grad_enabled():
+        auxiliary, share, summed = logits.new_zeros(()), None, None
+        if (config.sequence_loss_weight or config.global_loss_weight) and torch.is_grad_enabled():
             scores = self._scores(logits)
             share = scores / scores.sum(-1, keepdim=True)
             if valid is not None:
                 share = share * valid[:, None]
+        if config.global_loss_weight and share is not None:
+            summed = share.sum(0)
+        if config.sequence_loss_weight and share is not None:
             shape = (num_documents, config.num_experts)
             visits = chosen.new_zeros(shape).index_add_(0, document, chosen)
             shares = share.new_zeros(shape).index_add(0, document, share)
@@ -117,7 +149,7 @@ class Router(nn.Module):
         if config.z_loss_weight and torch.is_grad_enabled():
             z = logits.logsumexp(-1).square()
             auxiliary = auxiliary + config.z_loss_weight * (z if valid is None else z * valid).sum()
-        return RouterStatistics(chosen.detach().sum(0).long(), auxiliary)
+        return RouterStatistics(chosen.detach().sum(0).long(), auxiliary, summed)
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
@@ -137,6 +169,8 @@ class MixtureOfExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.expert_size))
         self.shared = MLP(hidden_size, config.num_shared_experts * config.expert_size) if config.num_shared_experts else None
         self.experts: Callable[..., Tensor] = experts
+        # How tokens get to their experts: expert parallelism puts itself in here.
+        self.dispatch: Callable[[Tensor, Tensor, Tensor], Arrive] = _stay
         for parameter in (self.w13, self.w2):
             nn.init.normal_(parameter, std=0.02)
 
@@ -145,7 +179,13 @@ class MixtureOfExperts(nn.Module):
         indices, weights, logits = self.router(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y = self.experts(x.to(dtype), indices, weights, self.w13.to(dtype), self.w2.to(dtype))
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return y, self.router.statistics(logits, indices, document, num_documents, valid)
+        arrive = self.dispatch(x.to(dtype), indices, weights)
+        # Where tokens travel, this is done meanwhile; and what the backward needs of it stands before the way back, which then is not recomputed.
+        shared = None if self.shared is None else self.shared(x)
+        statistics = self.router.statistics(logits, indices, document, num_documents, valid)
+        y = arrive(self.experts, self.w13.to(dtype), self.w2.to(dtype))
+        return y if shared is None else y + shared, statistics
+
+
+def _stay(x: Tensor, indices: Tensor, weights: Tensor) -> Arrive:
+    return lambda experts, w13, w2: experts(x, indices, weights, w13, w2)

@@ -38,13 +38,15 @@ class LossOutput:
     """What a pass over a pack gives to training.
 
     loss       float32, the summed negative log-likelihood in nats of all targets, or one value per token `[T]`
-    auxiliary  float32 scalar, router losses summed over real tokens
+    auxiliary  float32 scalar, router losses of this pass alone, summed over real tokens
     load       int64 [MoE layers, E], visits of real tokens to experts
+    share      float32 [MoE layers, E] for `global_balance_loss`, which needs the load of other passes and ranks too; None where it has no weight
     """
 
     loss: Tensor
     auxiliary: Tensor
     load: Tensor
+    share: Tensor | None
 
 
 BlockOutput = tuple[Tensor, RouterStatistics | None]
@@ -92,6 +94,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, index, self.rope) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Called with the embedding, each block, and the last norm (for the output projection too) before a pass reads its weights: whoever still
+        # writes them lets the pass wait.
+        self.ready: Callable[[nn.Module], None] = _always_ready
 
     def forward(
         self,
@@ -124,12 +129,15 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.extend(sequence, len(tokens), tokens.device)
         layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device, start)
         self._check_lengths(layout.cu_seqlens)
+        self.ready(self.embedding)
         x = self.embedding(tokens)
         statistics = []
         for index, block in enumerate(self.layers):
+            self.ready(block)
             x, found = block(x, layout, valid, None if cache is None else LayerView(cache.layers[index], sequence, start))
             if found is not None:
                 statistics.append(found)
+        self.ready(self.norm)
         x = self.norm(x[-1:] if last_only else x)
         if targets is None:
             return self._logits(x)
@@ -138,7 +146,8 @@ class Transformer(nn.Module):
         auxiliary = torch.stack([s.auxiliary for s in statistics]).sum() if statistics else x.new_zeros((), dtype=torch.float32)
         num_experts = self.config.moe.num_experts
         load = torch.stack([s.load for s in statistics]) if statistics else torch.zeros(0, num_experts, dtype=torch.int64, device=x.device)
-        return LossOutput(loss, auxiliary, load)
+        shares = [s.share for s in statistics if s.share is not None]
+        return LossOutput(loss, auxiliary, load, torch.stack(shares) if shares else None)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -155,9 +164,12 @@ class Transformer(nn.Module):
     def decode_reserved(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """`decode` after `cache.reserve_step`: the part that can be recorded and replayed as a CUDA graph."""
         layout = PackLayout.step(cache.count_step(), self.rope)
+        self.ready(self.embedding)
         x = self.embedding(tokens)
         for index, block in enumerate(self.layers):
+            self.ready(block)
             x, _ = block(x, layout, None, LayerView(cache.layers[index], None))
+        self.ready(self.norm)
         return self._logits(self.norm(x))
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -210,6 +222,10 @@ class Transformer(nn.Module):
         longest = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1 else 0
         if longest > self.config.max_position_embeddings:
             raise ValueError(f"a document of {longest} tokens passes max_position_embeddings={self.config.max_position_embeddings}; cut it")
+
+
+def _always_ready(_module: nn.Module) -> None:
+    pass
 
 
 def _run(forward: Callable[..., BlockOutput], *args: Any) -> BlockOutput:

@@ -48,6 +48,7 @@ _FIELDS = (
     ("mfu", "MFU", "{:.1%}".format),
     ("max_memory_gib", "memory", "{:.2f} GiB".format),
     ("data_wait_fraction", "data wait", "{:.1%}".format),
+    ("update_wait_fraction", "update wait", "{:.1%}".format),
     ("expert_load_max_over_mean", "expert load max/mean", "{:.2f}".format),
 )
 

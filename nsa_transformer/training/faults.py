@@ -84,6 +84,8 @@ def describe_out_of_memory(error: BaseException, doing: str, config: Config) -> 
     helps.append(f"data.max_length={max(data.max_length // 2, 1)}")
     if training.loss_chunk_size > 256:
         helps.append(f"training.loss_chunk_size={training.loss_chunk_size // 4}")
+    if isinstance(error, torch.OutOfMemoryError) and not memory.offloads_optimizer and "WORLD_SIZE" not in os.environ:
+        helps.append("memory.optimizer_offloading.enabled=true (the optimizer in host memory)")
     helps.append("a smaller model (model=base, model=tiny), or more GPUs (torchrun --nproc_per_node=N), which share weights and moments")
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     packs = f"packs of {data.max_length} tokens × micro_batch_size {training.micro_batch_size}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,23 +17,29 @@ from nsa_transformer.utils.hardware import peak_flops
 
 
 class Meter:
-    """Speed between two rows of metrics, without validation and checkpoints."""
+    """Speed between two rows of metrics, without validation and checkpoints. `update_waited` tells the seconds for which the device has waited for an
+    offloaded optimizer since it was last called."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, update_waited: Callable[[], float] | None = None) -> None:
         self._flops = TrainingFlops(config.model)
         self._peak = peak_flops(world.device, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
         self._world, self._device = world, world.device
+        self._update_waited = update_waited
         self._clock = time.perf_counter
         self._reset()
         self.restart()
 
     def _reset(self) -> None:
-        self._tokens, self._operations, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        self._tokens, self._operations, self._seconds, self._waited, self._for_update = 0, 0, 0.0, 0.0, 0.0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def restart(self) -> None:
         """A step begins now."""
+        if self._update_waited is not None:
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+            self._update_waited()  # what a validation waited for
         self._began = self._clock()
 
     def data_ready(self) -> None:
@@ -47,13 +54,17 @@ class Meter:
             torch.cuda.synchronize(self._device)
         self.last_step_seconds = self._clock() - self._began
         self._seconds += self.last_step_seconds
+        if self._update_waited is not None:
+            self._for_update += self._update_waited()
 
     def read(self) -> dict[str, Any]:
-        """tokens/s of all ranks, MFU, peak memory and data-wait share since the last reading."""
+        """tokens/s of all ranks, MFU, peak memory and the shares of time spent waiting since the last reading."""
         totals = self._world.sum(torch.tensor([self._tokens, self._operations], dtype=torch.float64)).tolist()
         mfu = None if self._peak is None else totals[1] / self._seconds / (self._peak * self._world.size)
         row = {"tokens_per_second": totals[0] / self._seconds, "mfu": mfu, "max_memory_gib": peak_memory_gib(self._device)}
         row["data_wait_fraction"] = self._waited / self._seconds
+        if self._update_waited is not None:
+            row["update_wait_fraction"] = self._for_update / self._seconds
         self._reset()
         return row
 

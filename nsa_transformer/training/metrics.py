@@ -83,17 +83,20 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> int:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row under names that group in a dashboard: `train/…`, `val/…`, `gates/…`, `experts/…`."""
+    """The numbers of a row under names that group in a dashboard: `train/…`, `val/…`, `gates/…`, `experts/…`, `val_experts/…`."""
     group = "val" if "val_loss" in row else "train"
     found: dict[str, float] = {}
     for key, value in row.items():
         if key == "gate_means" and value is not None:
             for layer, means in enumerate(value):
                 found |= {f"gates/layer_{layer:02d}_{branch}": mean for branch, mean in zip(BRANCHES, means, strict=True) if mean is not None}
-        elif key == "expert_load" and value is not None:
+        elif key == "expert_balance" and value is not None:
+            for what, layers in value.items():
+                found |= {f"experts/moe_layer_{layer:02d}_{what}": number for layer, number in enumerate(layers) if number is not None}
+        elif key == "expert_load" and value is not None and group == "val":
             for layer, load in enumerate(value):
                 if None not in load and sum(load) > 0:
-                    found[f"experts/moe_layer_{layer:02d}_max_over_mean"] = max(load) * len(load) / sum(load)
+                    found[f"val_experts/moe_layer_{layer:02d}_max_over_mean"] = max(load) * len(load) / sum(load)
         elif key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
             found[f"{group}/{key.removeprefix('val_')}"] = value
     return found

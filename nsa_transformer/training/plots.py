@@ -24,8 +24,8 @@ def write_plots(run_dir: str | os.PathLike[str]) -> list[Path]:
     """Read `run_dir/metrics.jsonl`, write what it has data for into `run_dir/plots/`, and return the files written.
 
     `loss.png` needs a training or validation row, `gates.png` a validation row with `gate_means` ([[cmp, slc, win] per layer]),
-    `expert_load.png` one with `expert_load` ([[share of the tokens per expert] per MoE layer]). Raises `FileNotFoundError`
-    without metrics.
+    `expert_load.png` one of either kind with `expert_load` ([[share of the visits per expert] per MoE layer]). Raises
+    `FileNotFoundError` without metrics.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -168,7 +168,9 @@ def _expert_load(rows: Rows) -> Any:
     heat = axes_list[0]
     # Blue below and orange above an even share, white at it; a load beyond twice the mean keeps the darkest colour.
     image = heat.imshow(relative, aspect="auto", cmap="PuOr_r", vmin=0, vmax=2, interpolation="nearest")
-    heat.set_title(f"Expert load, step {with_load[-1]['step']} (1 = even share, {share.shape[1]} experts)", loc="left", fontsize=12, fontweight="bold")
+    source = "validation" if "val_loss" in with_load[-1] else "training"
+    title = f"Expert load of {source}, step {with_load[-1]['step']} (1 = even share, {share.shape[1]} experts)"
+    heat.set_title(title, loc="left", fontsize=12, fontweight="bold")
     heat.set_xlabel("expert")
     heat.set_ylabel("MoE layer")
     heat.set_yticks(range(len(share)) if len(share) <= 24 else range(0, len(share), 4))
@@ -179,8 +181,12 @@ def _expert_load(rows: Rows) -> Any:
     figure.colorbar(image, ax=heat, label="tokens / mean over experts", extend="max", pad=0.01)
     if len(worst[0]):
         axes = axes_list[1]
-        _tidy(axes, "Busiest expert over the mean (1 = balanced)", "step", "max / mean")
-        axes.plot(*worst, color=BLUE, linewidth=1.5)
+        layers = [(row["step"], row["expert_balance"]["max_over_mean"]) for row in rows if row.get("expert_balance")]
+        _tidy(axes, f"Busiest expert over the mean (1 = balanced{'; thin: each layer' if layers else ''})", "step", "max / mean")
+        if layers:
+            steps, by_layer = zip(*layers, strict=True)
+            axes.plot(steps, np.array(by_layer, dtype=float), color=BLUE, linewidth=0.8, alpha=0.45)
+        axes.plot(*worst, color=BLUE, linewidth=2)
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
         axes.set_ylim(0.9, max(1.5, 1.05 * float(worst[1].max())))
     return figure

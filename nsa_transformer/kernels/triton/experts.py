@@ -6,6 +6,7 @@ expert, which each program finds in `offsets`. Results of a token's K rows go ba
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,10 @@ class Routing:
     def num(self) -> int:
         return self.offsets.numel() - 1
 
+    def part(self, first: int, count: int) -> Routing:
+        """Of some neighbouring experts."""
+        return Routing(self.order, self.offsets[first : first + count + 1])
+
 
 def make_routing(indices: Tensor, num_experts: int) -> Routing:
     narrow = torch.int16 if num_experts <= 1 << 15 else torch.int32  # a radix sort takes as many passes as the keys have bytes
@@ -96,29 +101,25 @@ def _by_rows(routing: Routing, rows: int, tile: Tile, width: int) -> tuple[tuple
     return grid, {"order": routing.order, "offsets": routing.offsets, "E": routing.num, "SPAN": triton.next_power_of_2(routing.num), "M": rows, **tile.launch}
 
 
-def up(x: Tensor, w13: Tensor, routing: Routing, top_k: int, save: bool, rows: int, tile: Tile) -> tuple[Tensor, Tensor]:
-    """hidden [R, 2I], empty without `save`, and activation [R, I]."""
-    total, width = routing.order.numel(), w13.shape[1] // 2
-    hidden, activation = x.new_empty(total if save else 0, 2 * width), x.new_empty(total, width)
+def up(x: Tensor, w13: Tensor, routing: Routing, top_k: int, hidden: Tensor, activation: Tensor, rows: int, tile: Tile) -> None:
+    """Writes activation [R, I], and hidden [R, 2I] where it has any row."""
+    width = activation.shape[1]
     grid, settings = _by_rows(routing, rows, tile, width)
     experts_up[grid](
         x, _descriptor(w13, tile.columns, tile.depth), hidden=hidden, activation=activation,
-        K=top_k, H=x.shape[1], WIDTH=width, SAVE=save, PRECISION=precision(x.dtype), **settings,
+        K=top_k, H=x.shape[1], WIDTH=width, SAVE=hidden.shape[0] > 0, PRECISION=precision(x.dtype), **settings,
     )  # fmt: skip
-    return hidden, activation
 
 
-def product(left: Tensor, right: Tensor, transposed: bool, routing: Routing, rows: int, tile: Tile) -> Tensor:
-    """left [R, A] times each row's matrix of right [E, A, B], or [E, B, A] where transposed: [R, B], rows in the order of [T, K]."""
-    a, b = left.shape[1], right.shape[1 if transposed else 2]
-    out = left.new_empty(left.shape[0], b)
+def product(left: Tensor, right: Tensor, transposed: bool, routing: Routing, out: Tensor, rows: int, tile: Tile) -> None:
+    """Writes out [R, B], rows in the order of [T, K]: left [R, A] times each row's matrix of right [E, A, B], or [E, B, A] where transposed."""
+    a, b = left.shape[1], out.shape[1]
     grid, settings = _by_rows(routing, rows, tile, b)
     box = (tile.columns, tile.depth) if transposed else (tile.depth, tile.columns)
     experts_product[grid](
         _descriptor(left, rows, tile.depth), _descriptor(right, *box), out=out,
         A=a, B=b, TRANSPOSED=transposed, PRECISION=precision(left.dtype), **settings,
     )  # fmt: skip
-    return out
 
 
 def down_backward(grad: Tensor, w2: Tensor, hidden: Tensor, weights: Tensor, routing: Routing, rows: int, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,15 +160,27 @@ def sum_rows(rows: Tensor, weights: Tensor, weighted: bool, partial: Tensor | No
 
 def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor, Routing]:
     """y [T, H]; with `save` the pre-activations [R, 2I] in the rows' order, else empty; the routing."""
-    x, weights, w13, w2 = (packed(t) for t in (x, weights, w13, w2))
-    top_k, total, num = indices.shape[1], indices.numel(), w13.shape[0]
+    return forward_in_parts(x, indices, weights, w13.shape[0], w2.shape[2], [(0, w13, w2)], save)
+
+
+def forward_in_parts(
+    x: Tensor, indices: Tensor, weights: Tensor, num: int, width: int, parts: Iterable[tuple[int, Tensor, Tensor]], save: bool = False
+) -> tuple[Tensor, Tensor, Routing]:
+    """As `forward`, with the `num` experts a few at a time: (first, w13 [C, 2I, H], w2 [C, H, I]), neighbours that together are all. The same bits however
+    they are cut. The next part is asked for once the kernels that read the last one are launched."""
+    x, weights = packed(x), packed(weights)
+    top_k, total = indices.shape[1], indices.numel()
     routing = make_routing(indices, num)
+    hidden = x.new_empty(total if save else 0, 2 * width)
     if total == 0:
-        return torch.zeros_like(x), x.new_empty(0, w13.shape[1]), routing
+        return torch.zeros_like(x), hidden, routing
     tiles = choose_tiles(x.dtype, total // num)
-    hidden, activation = up(x, w13, routing, top_k, save, tiles.rows, tiles.up)
-    y, _ = sum_rows(product(activation, w2, True, routing, tiles.rows, tiles.down), weights, True)
-    return y, hidden, routing
+    activation, y = x.new_empty(total, width), x.new_empty(total, x.shape[1])
+    for first, w13, w2 in parts:
+        w13, w2, part = packed(w13), packed(w2), routing.part(first, w13.shape[0])
+        up(x, w13, part, top_k, hidden, activation, tiles.rows, tiles.up)
+        product(activation, w2, True, part, y, tiles.rows, tiles.down)
+    return sum_rows(y, weights, True)[0], hidden, routing
 
 
 def backward(
@@ -180,7 +193,9 @@ def backward(
         return torch.zeros_like(x), torch.zeros_like(weights), torch.zeros_like(w13), torch.zeros_like(w2)
     tiles, routing = choose_tiles(x.dtype, total // w13.shape[0]), Routing(order, offsets)
     grad_hidden, weighted, partial = down_backward(grad, w2, hidden, weights, routing, tiles.rows, tiles.down_backward)
-    grad_x, grad_weights = sum_rows(product(grad_hidden, w13, False, routing, tiles.rows, tiles.up_backward), weights, False, partial)
+    grad_rows = x.new_empty(total, x.shape[1])
+    product(grad_hidden, w13, False, routing, grad_rows, tiles.rows, tiles.up_backward)
+    grad_x, grad_weights = sum_rows(grad_rows, weights, False, partial)
     grad_w13 = outer(grad_hidden, x, False, routing, top_k, tiles.outer)
     grad_w2 = outer(weighted, grad, True, routing, top_k, tiles.outer)
     return grad_x, grad_weights, grad_w13, grad_w2

@@ -1,0 +1,321 @@
+"""AdamW whose masters, moments and gradients live in host memory, updated by the CPU while the GPU goes on.
+
+    one parameter   on the GPU                                in host memory
+    matrices        bf16, what autocast would make of them    float32 master, two moments, sum of gradients: 16 bytes
+    all others      float32                                   the same
+
+**Gradients** leave the GPU as each pass makes them and are added up in float32 by a thread of the host, so the GPU holds only those under way. **Clipping**
+takes the norm of the whole sums. **The update** goes from the first layer to the last: fused AdamW on a part of a parameter, rounding, copy to the
+GPU. The next forward waits for each layer when it comes to it (`Transformer.ready`), so the two overlap. Work for the host is a queue with one
+thread, hence its order: no lock is needed, and a failure in it is raised where its result is asked for. (ZeRO-Offload, arXiv 2101.06840, has the same
+division of labour; there the update of one step may overlap the next at the price of stale weights, here never.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_transformer.memory.expert_streaming import host_weights
+from nsa_transformer.memory.host import ALIGN, CHUNK, GIB, Tick, check_host_memory, host_zeros, link_to
+from nsa_transformer.models.transformer import Transformer
+
+HOST_BYTES = 16  # of a parameter: master, two moments, sum of gradients
+IN_FLIGHT = 512 << 20  # bytes of gradients that may wait on the device; past that the backward waits
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a parameter, and of all that belongs to it."""
+
+    parameter: int
+    master: Tensor
+    grad: Tensor
+    moments: tuple[Tensor, Tensor]
+    step: Tensor
+    target: Tensor  # what passes read
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Up to `CHUNK` elements of one parameter group, updated at once."""
+
+    group: int
+    pieces: list[_Piece]
+
+
+class OffloadedAdamW(torch.optim.Optimizer):
+    """Fused AdamW with the arithmetic of `torch.optim.AdamW(fused=True)` on float32 parameters and gradients.
+
+    Every backward of the model hands its gradients over at once: `parameter.grad` stays None. A step is: any number of backwards, `clip`, then `step`
+    or, to leave everything as it was, nothing; then `zero_grad`. `close` ends the thread.
+
+    Args:
+        model: after `use_compute_dtype`, with memory on `device`; what its parameters hold counts for nothing until `publish`.
+        groups: as `torch.optim.AdamW` takes them, over all parameters of the model.
+        lr, betas, eps: defaults of the groups.
+        device: of the model.
+        threads: of the update where the device is not the CPU; there torch's own number counts.
+
+    Raises:
+        ConfigError: the machine has too little memory.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        parameters = list(model.parameters())
+        self._device = device
+        self._streamed = host_weights(model)
+        wanted = HOST_BYTES * sum(p.numel() for p in parameters) + sum(w.nbytes for w in self._streamed.values())
+        check_host_memory(wanted, "memory.optimizer_offloading.enabled=true" if not self._streamed else "memory.expert_offloading.enabled=true")
+        self._link = link_to(device)
+        self._worker = ThreadPoolExecutor(1, "optimizer", initializer=_begin_thread, initargs=(device, threads))
+        self._index = {parameter: number for number, parameter in enumerate(parameters)}
+        starts, total = [], 0
+        for parameter in parameters:
+            starts.append(total)
+            total += _aligned(parameter.numel())
+
+        def arena() -> list[Tensor]:
+            flat = host_zeros(total)
+            return [flat[start : start + p.numel()] for start, p in zip(starts, parameters, strict=True)]
+
+        self._masters, self._grads, self._first, self._second = arena(), arena(), arena(), arena()
+        self._steps = torch.zeros(len(parameters))
+        self._scratch = torch.empty(min(CHUNK, total))
+        self._stages = self._plan(model)
+        self._updates: dict[nn.Module, Future[torch.cuda.Event | None]] = {}
+        self._pending: deque[tuple[int, Future[None]]] = deque()
+        self._received: set[int] = set()  # parameters with a gradient in this step
+        self._norms: dict[int, Tensor] = {}  # of their sums
+        self._factor = torch.ones(())
+        self._waits: list[tuple[Tick, Tick]] = []
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._receive) for parameter in parameters]
+        model.ready = self.ready
+
+    def _plan(self, model: Transformer) -> dict[nn.Module, list[_Part]]:
+        """What is updated for each part of the model that `Transformer.ready` names, in the order of a forward."""
+        stages: dict[nn.Module, list[nn.Parameter]] = {module: list(module.parameters()) for module in (model.embedding, *model.layers, model.norm)}
+        if model.head is not None:
+            stages[model.norm] += model.head.parameters()
+        assert sum(map(len, stages.values())) == len(self._index)
+        group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        plan = {}
+        for module, parameters in stages.items():
+            parts = [part for number in range(len(self.param_groups)) for part in self._split([p for p in parameters if group_of[p] == number], number)]
+            plan[module] = parts
+        return plan
+
+    def _split(self, parameters: Sequence[nn.Parameter], group: int) -> list[_Part]:
+        parts: list[_Part] = []
+        room = 0
+        for parameter in parameters:
+            number = self._index[parameter]
+            tensors = self._masters[number], self._grads[number], self._first[number], self._second[number], self._target(parameter)
+            for master, grad, first, second, target in zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True):
+                if room < _aligned(len(master)):
+                    parts.append(_Part(group, []))
+                    room = CHUNK
+                parts[-1].pieces.append(_Piece(number, master, grad, (first, second), self._steps[number], target))
+                room -= _aligned(len(master))
+        return parts
+
+    def describe(self) -> str:
+        """Where what lives, in a line for the start of a run."""
+        count = sum(p.numel() for p in self._index)
+        if self._device.type == "cpu":
+            return "memory.optimizer_offloading: without a GPU nothing moves; the update runs beside the forward in a thread of its own, with the same results"
+        streamed = sum(w.nbytes for w in self._streamed.values())
+        held = sum(p.nbytes for p in self._index if p not in self._streamed) / count
+        experts = f", and experts, {streamed / GIB:.1f} GiB," if streamed else ""
+        return f"optimizer{experts} in host memory, {(HOST_BYTES * count + streamed) / GIB:.1f} GiB; weights on the GPU take {held:.1f} bytes a parameter"
+
+    def _target(self, parameter: nn.Parameter) -> Tensor:
+        """What passes read of a parameter, flat."""
+        return self._streamed[parameter] if parameter in self._streamed else parameter.detach().flatten()
+
+    # ------------------------------------------------------------------------------------------------- values and moments
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 values of a parameter, in host memory. Whoever writes them calls `publish` next."""
+        self.finish()
+        return self._masters[self._index[parameter]].view(parameter.shape)
+
+    def host_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """`step`, `exp_avg` and `exp_avg_sq` of a parameter, zeros at first; from now on `state` has them, as after the first update."""
+        number = self._index[parameter]
+        moments = {"exp_avg": self._first[number].view(parameter.shape), "exp_avg_sq": self._second[number].view(parameter.shape)}
+        self.state[parameter] = {"step": self._steps[number], **moments}
+        return self.state[parameter]
+
+    def publish(self) -> None:
+        """Bring all masters to what passes read."""
+        self.finish()
+        self._link.begin(self._link.now())
+        for parts in self._stages.values():
+            for part in parts:
+                self._link.to_device((piece.master, piece.target) for piece in part.pieces)
+        _wait_for(self._link.sent(), self._device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise ValueError("OffloadedAdamW keeps its state where it is; write into host_state(parameter) instead")
+
+    # ---------------------------------------------------------------------------------------------------------- gradients
+
+    def _receive(self, parameter: Tensor) -> None:
+        """As a hook, once a backward has a parameter's gradient."""
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None and isinstance(parameter, nn.Parameter)
+        number = self._index[parameter]
+        again = number in self._received
+        self._received.add(number)
+        self._pending.append((grad.nbytes, self._worker.submit(self._add, number, grad.detach().flatten(), self._link.now(), again)))
+        while len(self._pending) > 1 and sum(size for size, _ in self._pending) > IN_FLIGHT:
+            self._pending.popleft()[1].result()
+
+    def _add(self, number: int, grad: Tensor, ready: torch.cuda.Event | None, again: bool) -> None:
+        """Of one pass, into the sum. The norm is taken while the sum is in the caches; that of the last pass stays."""
+        norms = []
+        for part, into in zip(self._link.to_host(grad, ready), self._grads[number].split(CHUNK), strict=True):
+            if not again:
+                into.copy_(part)
+            elif part.dtype == into.dtype:
+                into.add_(part)
+            else:  # a third of the time of adding across dtypes
+                into.add_(self._scratch[: len(part)].copy_(part))
+            norms.append(torch.linalg.vector_norm(into))
+        self._norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms).double()).float()
+
+    def _drain(self) -> None:
+        """Until all gradients so far are added."""
+        while self._pending:
+            self._pending.popleft()[1].result()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """The global norm of the gradients, float32 on the CPU; `step` scales them down to `max_norm` as `torch.nn.utils.clip_grad_norm_` would."""
+        begun = self._link.tick()
+        self._drain()
+        self._waits.append((begun, self._link.tick()))
+        norms = [self._norms[number] for number in sorted(self._received)]
+        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        self._factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        return total
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of this step, `step` or not."""
+        self._drain()
+        self._received, self._factor = set(), torch.ones(())
+
+    # ------------------------------------------------------------------------------------------------------------- update
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Begin the update; it goes on while the next forward waits for each layer as it comes to it."""
+        assert closure is None
+        self._drain()
+        self.finish()
+        received = frozenset(self._received)
+        for parameter, number in self._index.items():
+            if number in received:
+                self._steps[number] += 1
+                if parameter not in self.state:
+                    self.host_state(parameter)
+        options = [{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} for group in self.param_groups]
+        ready = self._link.now()
+        for module, parts in self._stages.items():
+            self._updates[module] = self._worker.submit(self._update, parts, options, received, self._factor, ready)
+
+    def _update(
+        self, parts: list[_Part], options: list[dict[str, Any]], received: frozenset[int], factor: Tensor, ready: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        self._link.begin(ready)
+        clipped = bool(factor < 1)
+        for part in parts:
+            pieces = [piece for piece in part.pieces if piece.parameter in received]
+            if not pieces:
+                continue
+            grads = [piece.grad for piece in pieces]
+            if clipped:  # into the scratch, which stays in the caches
+                room = self._scratch.split([len(grad) for grad in grads] + [len(self._scratch) - sum(map(len, grads))])
+                grads = [torch.mul(grad, factor, out=into) for grad, into in zip(grads, room, strict=False)]
+            option = options[part.group]
+            torch._fused_adamw_(
+                [piece.master for piece in pieces],
+                grads,
+                [piece.moments[0] for piece in pieces],
+                [piece.moments[1] for piece in pieces],
+                [],
+                [piece.step for piece in pieces],
+                lr=option["lr"],
+                beta1=option["betas"][0],
+                beta2=option["betas"][1],
+                weight_decay=option["weight_decay"],
+                eps=option["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+            self._link.to_device((piece.master, piece.target) for piece in pieces)
+        return self._link.sent()
+
+    def ready(self, module: nn.Module) -> None:
+        """Before a pass reads the weights of a part of the model: wait for what is still being done to them."""
+        update = self._updates.pop(module, None)
+        if update is not None:
+            begun = self._link.tick()
+            _wait_for(update.result(), self._device)
+            self._waits.append((begun, self._link.tick()))
+
+    def waited(self) -> float:
+        """Seconds that the device has stood still for gradients to be added up and weights to be updated, since this was last asked; it must have
+        passed all of that."""
+        waits, self._waits = self._waits, []
+        return sum(self._link.between(*wait) for wait in waits)
+
+    def finish(self) -> None:
+        """Until no update is under way."""
+        for module in list(self._updates):
+            self.ready(module)
+
+    def close(self) -> None:
+        """End the thread after what it is doing now; what waits behind that is given up. The model is a plain one again."""
+        self._worker.shutdown(cancel_futures=True)
+        self._updates.clear()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _aligned(count: int) -> int:
+    return math.ceil(count / ALIGN) * ALIGN
+
+
+def _begin_thread(device: torch.device, threads: int) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_num_threads(threads)
+
+
+def _wait_for(event: torch.cuda.Event | None, device: torch.device) -> None:
+    if event is not None:
+        torch.cuda.current_stream(device).wait_event(event)
+
+
+def master_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
+    """The float32 values that an optimizer trains: the parameter itself, or its master in host memory."""
+    return optimizer.master(parameter) if isinstance(optimizer, OffloadedAdamW) else parameter

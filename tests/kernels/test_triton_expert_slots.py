@@ -1,0 +1,176 @@
+"""Slots of a pool against a plain model of each policy: who stays, who goes, what is copied, what is counted."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nsa_transformer.kernels.dispatch import triton_missing
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux alone"),
+    pytest.mark.skipif(triton_missing() is not None, reason=f"no Triton here: {triton_missing()}"),
+]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALVING, USE = 64, 1 << 16
+
+
+class Plain:
+    """The policies in words of Python: an expert that is needed is never put out, a free slot is taken first, then that of the least priority."""
+
+    def __init__(self, slots: int, policy: str) -> None:
+        self.owners: list[int | None] = [None] * slots
+        self.policy = policy
+        self.clock = 0
+        self.last_use: dict[int, int] = {}
+        self.uses: dict[int, int] = {}
+        self.counts = [0, 0, 0, 0]
+
+    def priority(self, expert: int) -> int:
+        return (self.last_use if self.policy == "lru" else self.uses).get(expert, 0)
+
+    def plan(self, chosen: list[int], demand: bool) -> list[tuple[int, int]]:
+        needed = sorted(set(chosen))
+        absent = [expert for expert in needed if expert not in self.owners]
+        if demand:
+            self.clock += 1
+            if self.clock % HALVING == 0:
+                self.uses = {expert: n // 2 for expert, n in self.uses.items()}
+            for expert in needed:
+                self.last_use[expert] = self.clock
+                self.uses[expert] = self.uses.get(expert, 0) + USE
+            self.counts[0] += len(needed) - len(absent)
+            self.counts[1] += len(absent)
+        else:
+            self.counts[2] += len(absent)
+        kept = set(needed) & set(self.owners)
+        moves = []
+        for expert in absent:
+            open_slots = [slot for slot, owner in enumerate(self.owners) if owner not in kept]
+            slot = min(open_slots, key=lambda slot: (-1 if self.owners[slot] is None else self.priority(self.owners[slot]), slot))
+            self.owners[slot] = expert
+            kept.add(expert)
+            moves.append((expert, slot))
+        return moves
+
+
+def step(slots, plain: Plain, chosen: list[int], policy: str, demand: bool = True) -> None:
+    """One plan of both, compared."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    kernels.plan(torch.tensor(chosen, device=DEVICE), slots, policy, demand)
+    expected = plain.plan(chosen, demand)
+    count, *rest = slots.moves.tolist()
+    size = len(rest) // 2
+    assert list(zip(rest[:count], rest[size : size + count], strict=True)) == expected
+    assert slots.owner.tolist() == [-1 if owner is None else owner for owner in plain.owners]
+    assert slots.table.tolist() == [plain.owners.index(e) if e in plain.owners else -1 for e in range(len(slots.table))]
+    assert slots.counts.tolist() == plain.counts
+
+
+@pytest.mark.parametrize("policy", ["lru", "frequency"])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_policies_against_a_plain_model(policy: str, data: st.DataObject) -> None:
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    experts = data.draw(st.integers(2, 20), "experts")
+    size = data.draw(st.integers(1, experts), "slots")
+    all_layers = kernels.Slots.empty(3, experts, size, DEVICE)
+    plain = Plain(size, policy)
+    for _ in range(data.draw(st.integers(1, 12), "plans")):
+        chosen = data.draw(st.lists(st.integers(0, experts - 1), min_size=1, max_size=size), "chosen")
+        step(all_layers.layer(1), plain, chosen, policy, data.draw(st.booleans(), "demand"))
+    for other in (0, 2):
+        untouched = all_layers.layer(other)
+        assert (untouched.table == -1).all() and not untouched.counts.any() and not untouched.clock.any()
+
+
+def test_frequency_forgets() -> None:
+    """Over several halvings: an expert that was used often long ago goes before one used now and then."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    slots, plain = kernels.Slots.empty(1, 6, 2, DEVICE).layer(0), Plain(2, "frequency")
+    for number in range(150):
+        step(slots, plain, [0] if number < 40 else [1 + number % 3 % 2], "frequency")
+    assert 0 not in plain.owners and plain.clock > 2 * HALVING
+
+
+def test_the_two_policies_differ() -> None:
+    for policy, gone in (("lru", 0), ("frequency", 1)):
+        from nsa_transformer.kernels.triton import expert_slots as kernels
+
+        slots, plain = kernels.Slots.empty(1, 4, 2, DEVICE).layer(0), Plain(2, policy)
+        for chosen in ([0], [0], [0], [1], [2]):
+            step(slots, plain, chosen, policy)
+        assert gone not in plain.owners
+
+
+def pieces(experts: int, words: int) -> Tensor:
+    return torch.arange(experts * words, dtype=torch.int32).view(experts, words)
+
+
+def on_host(x: Tensor) -> Tensor:
+    return x.pin_memory() if DEVICE.type == "cuda" else x
+
+
+@pytest.mark.parametrize("words", [12, 4096, 4100, 9000])
+def test_copies(words: int) -> None:
+    """Fetched experts lie in their slots, nothing else was touched, and streaming takes them from there."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    host = on_host(pieces(6, words))
+    slots = kernels.Slots.empty(1, 6, 4, DEVICE).layer(0)
+    pool = torch.full((4, words), -7, dtype=torch.int32, device=DEVICE)
+    kernels.plan(torch.tensor([5, 2, 5], device=DEVICE), slots, "lru")
+    kernels.fetch(host, pool, slots)
+    table = slots.table.tolist()
+    assert [e for e in range(6) if table[e] >= 0] == [2, 5]
+    for expert in (2, 5):
+        assert torch.equal(pool[table[expert]].cpu(), host[expert])
+    assert (pool[[s for s in range(4) if s not in table]] == -7).all()
+    kernels.plan(torch.tensor([2], device=DEVICE), slots, "lru")
+    pool += 1  # an empty list copies nothing
+    kernels.fetch(host, pool, slots)
+    assert torch.equal(pool[table[2]].cpu(), host[2] + 1)
+    part = words // 12 * 8
+    out13, out2 = (torch.full((3, n), -9, dtype=torch.int32, device=DEVICE) for n in (part, words - part))
+    kernels.stream(host, pool, slots, 2, out13, out2)
+    expected = host[2:5].clone()
+    expected[0] += 1  # expert 2, as its slot has it
+    assert torch.equal(torch.cat([out13, out2], 1).cpu(), expected)
+
+
+def test_more_places_than_slots_are_refused() -> None:
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    with pytest.raises(AssertionError, match="3 places for 2 slots"):
+        kernels.plan(torch.tensor([0, 1, 2], device=DEVICE), kernels.Slots.empty(1, 4, 2, DEVICE).layer(0), "lru")
+
+
+@pytest.mark.gpu
+def test_a_captured_plan_and_copy_follow_their_indices() -> None:
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    host, policy = on_host(pieces(128, 3 * 4096)), "lru"
+    slots, plain = kernels.Slots.empty(1, 128, 20, DEVICE).layer(0), Plain(20, policy)
+    pool = torch.zeros(20, host.shape[1], dtype=torch.int32, device=DEVICE)
+    indices = torch.arange(8, device=DEVICE)
+    kernels.plan(indices, slots, policy)
+    kernels.fetch(host, pool, slots)
+    plain.plan(list(range(8)), True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.plan(indices, slots, policy)
+        kernels.fetch(host, pool, slots)
+    for number in range(50):
+        indices.copy_(torch.randperm(128, generator=torch.Generator().manual_seed(number))[:8])
+        graph.replay()
+        plain.plan(indices.tolist(), True)
+        assert slots.owner.tolist() == [-1 if owner is None else owner for owner in plain.owners]
+        assert all(torch.equal(pool[s].cpu(), host[owner]) for s, owner in enumerate(plain.owners) if owner is not None)

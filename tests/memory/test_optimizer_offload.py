@@ -1,0 +1,495 @@
+"""The optimizer in host memory: the same run as without it, bit for bit on a CPU, and nothing lost however it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_transformer.config import ConfigError, TrainingConfig
+from nsa_transformer.distributed.parallelize import build_model
+from nsa_transformer.distributed.world import World
+from nsa_transformer.memory import host, optimizer_offload
+from nsa_transformer.memory.compute_dtype import use_compute_dtype
+from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
+from nsa_transformer.models.transformer import Transformer
+from nsa_transformer.training.faults import Stopped, describe_out_of_memory
+from nsa_transformer.training.metrics import read_metrics
+from nsa_transformer.training.optimizer import build_optimizer, clip
+from nsa_transformer.training.trainer import Trainer
+
+from ..models.small import random_tokens
+from ..models.small import small_config as small_model_config
+from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
+from .stand_ins import stand_in_for_cuda
+
+ON = "memory.optimizer_offloading.enabled=true"
+# Four passes a step, and gradients that are clipped in every step.
+SETTINGS = (*QUIET, "training.batch_size=4", "training.micro_batch_size=1", "training.max_grad_norm=0.5")
+CPU = World(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    write_corpus(tmp_path / "text")
+    return tmp_path
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("optimizer")]
+
+
+def run(folder: Path, name: str, *more: str, trainer: type[Trainer] = Trainer) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Rows and final files of a run, which then is called `name`."""
+    assert trainer(small_config(folder, *SETTINGS, *more)).train() == 0
+    assert threads() == []
+    (folder / "run").rename(folder / name)
+    return steady_rows(folder / name), final_files(folder / name)
+
+
+# --------------------------------------------------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("training.precision=bf16",),
+        ("training.precision=fp32",),
+        ("training.precision=bf16", "model.tie_embeddings=false", "model.attention=dense"),
+        ("training.precision=bf16", "training.max_grad_norm=100", "model.nsa.compression=mean"),
+        ("training.precision=bf16", "memory.activation_checkpointing=selective"),
+        ("training.precision=bf16", "memory.activation_checkpointing=full", "training.micro_batch_size=2"),
+        pytest.param(("training.precision=bf16", "training.compile=true"), marks=pytest.mark.slow),
+    ],
+    ids=lambda settings: " ".join(word.split(".")[-1] for word in settings),
+)
+def test_a_run_is_the_same_bit_for_bit(work: Path, settings: tuple[str, ...]) -> None:
+    plain = run(work, "plain", *settings)
+    assert run(work, "offloaded", *settings, ON) == plain
+    norms = [row["grad_norm"] for row in plain[0] if "grad_norm" in row]
+    assert all(norm > 0.5 for norm in norms), "or clipping is not tested"
+
+
+@pytest.mark.parametrize("first", [(), (ON,)], ids=["off then on", "on then off"])
+def test_a_run_resumes_with_and_without(work: Path, first: tuple[str, ...]) -> None:
+    whole = run(work, "whole")
+    second = () if first else (ON,)
+    more = ("training.max_steps=6", "training.checkpoint_every=3")
+
+    class Ends(Trainer):
+        def _save(self) -> None:
+            super()._save()
+            if self.progress.step == 3:
+                raise Stopped(signal.SIGTERM)
+
+    assert Ends(small_config(work, *SETTINGS, *more, *first)).train() == 143
+    assert threads() == []
+    rows, files = run(work, "resumed", *more, *second, "training.resume=auto")
+    assert (rows, files["model.safetensors"], files["optimizer.safetensors"]) == (whole[0], whole[1]["model.safetensors"], whole[1]["optimizer.safetensors"])
+
+
+def test_the_wait_for_the_update_is_in_the_rows(work: Path) -> None:
+    run(work, "plain")
+    run(work, "offloaded", ON)
+    plain, offloaded = ([row for row in read_metrics(work / name / "metrics.jsonl") if "loss" in row] for name in ("plain", "offloaded"))
+    assert all("update_wait_fraction" not in row for row in plain)
+    assert all(0 < row["update_wait_fraction"] < 1 for row in offloaded)
+
+
+def test_init_from_takes_the_weights_into_the_masters(work: Path) -> None:
+    run(work, "first")
+    start = f"training.init_from={work / 'first'}"
+    assert run(work, "offloaded", start, ON) == run(work, "plain", start)
+
+
+def test_an_update_that_is_not_finite_changes_nothing(work: Path) -> None:
+    class Poisoned(Trainer):
+        """Infinities in the gradient of a bf16 matrix in the third pass of steps 2 and 3."""
+
+        def _passes(self, *arguments: Any) -> Any:
+            passes, bad = 0, self.progress.step + 1 in (2, 3)
+
+            def poison(grad: Tensor) -> Tensor:
+                nonlocal passes
+                passes += 1
+                return grad * torch.inf if bad and passes == 3 else grad
+
+            handle = self.model.get_parameter("layers.1.mlp.w2").register_hook(poison)
+            before = self.values()
+            result = super()._passes(*arguments)
+            handle.remove()
+            self.unchanged = (lambda: all(map(torch.equal, before, self.values()))) if bad else None
+            return result
+
+        def values(self) -> list[Tensor]:
+            return [optimizer_offload.master_of(self.optimizer, p).detach().clone() for p in self.model.parameters()]
+
+        def _update(self, *arguments: Any) -> Any:
+            row = super()._update(*arguments)
+            assert (row is None) == (self.unchanged is not None)
+            assert self.unchanged is None or self.unchanged()
+            return row
+
+    plain = run(work, "plain", trainer=Poisoned)
+    assert [row["step"] for row in plain[0] if "loss" in row] == [1, 4, 5, 6]
+    assert run(work, "offloaded", ON, trainer=Poisoned) == plain
+
+
+def test_a_signal_between_two_passes_gives_the_step_up(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(work, "whole", ON, "training.max_steps=3")
+    forward, passes = Transformer.forward, 0
+
+    def counted(self: Transformer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += self.training and "targets" in kwargs
+        if passes == 6:  # the second of four passes of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "forward", counted)
+        assert Trainer(small_config(work, *SETTINGS, ON, "training.max_steps=3")).train() == 143
+    assert threads() == []
+    rows, files = run(work, "resumed", ON, "training.max_steps=3", "training.resume=auto")
+    assert (rows, files["model.safetensors"]) == (whole[0], whole[1]["model.safetensors"])
+
+
+# ------------------------------------------------------------------------------------------------------------ its end
+
+
+def _killed(folder: str, what: str, count: int, more: tuple[str, ...]) -> None:
+    """In a process of its own: train, and be killed in the thread of the optimizer, at the `count`-th call of its method `what`."""
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    method, calls = getattr(OffloadedAdamW, what), 0
+
+    def counted(self: OffloadedAdamW, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, *arguments)
+
+    setattr(OffloadedAdamW, what, counted)
+    sys.exit(Trainer(small_config(Path(folder), *SETTINGS, ON, *more)).train())
+
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.memory.test_optimizer_offload"])
+
+
+@pytest.mark.parametrize(("what", "share"), [("_update", 0.5), ("_update", 0.9), ("_add", 0.3), ("_add", 0.7)])
+def test_killed_in_an_offloaded_step(work: Path, monkeypatch: pytest.MonkeyPatch, what: str, share: float) -> None:
+    """The newest checkpoint is whole, and the run that goes on from it is the one that was not killed."""
+    calls, method = 0, getattr(OffloadedAdamW, what)
+
+    def counted(self: OffloadedAdamW, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return method(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OffloadedAdamW, what, counted)
+        whole = run(work, "whole", ON)
+    assert calls > 20
+    process = _processes.Process(target=_killed, args=(str(work), what, round(share * calls), ()))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert run(work, "killed", ON, "training.resume=auto") == whole
+
+
+@pytest.mark.parametrize("what", ["_update", "_add"])
+def test_a_failure_of_the_thread_ends_the_run(work: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    method, calls = getattr(OffloadedAdamW, what), 0
+
+    def failing(self: OffloadedAdamW, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise ZeroDivisionError("of the thread")
+        return method(self, *arguments)
+
+    monkeypatch.setattr(OffloadedAdamW, what, failing)
+    with pytest.raises(ZeroDivisionError, match="of the thread"):
+        Trainer(small_config(work, *SETTINGS, ON)).train()
+    assert threads() == []
+
+
+def test_a_second_signal_does_not_wait_for_the_update(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it leave the thread behind."""
+    update, begun, calls = OffloadedAdamW._update, threading.Event(), 0
+
+    def slow(self: OffloadedAdamW, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # the first part of the second update; the trainer waits for it
+            begun.set()
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                threading.Event().wait(0.2)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(OffloadedAdamW, "_update", slow)
+    assert Trainer(small_config(work, *SETTINGS, ON)).train() == 130
+    assert begun.is_set() and calls == 5, "what waited in the queue is given up"
+    assert threads() == []
+
+
+# ------------------------------------------------------------------------------------------------ the optimizer by itself
+
+
+def trained(offload: bool, steps: int = 3, dtype: torch.dtype = torch.float32, max_norm: float = 0.1) -> dict[str, Tensor]:
+    """Weights and moments after steps of two passes over one pack."""
+    with torch.device("meta"):
+        model = Transformer(small_model_config(vocab_size=61))
+    if offload:
+        use_compute_dtype(model, dtype)
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    optimizer = build_optimizer(model, TrainingConfig(learning_rate=0.01), torch.device("cpu") if offload else None)
+    if isinstance(optimizer, OffloadedAdamW):
+        for name, parameter in plain_model().named_parameters():
+            optimizer.master(model.get_parameter(name)).copy_(parameter.detach())
+        optimizer.publish()
+    for step in range(steps):
+        for seed in range(2):
+            tokens = random_tokens(64, 2 * step + seed)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                out = model(tokens, targets=tokens.roll(-1))
+            (out.loss + out.auxiliary).backward()
+        clip(model, optimizer, max_norm, CPU)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {name: optimizer_offload.master_of(optimizer, p).detach().clone() for name, p in model.named_parameters()}
+    found |= {f"{key}/{name}": optimizer.state[p][key].clone() for name, p in model.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")}
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.close()
+    return found
+
+
+def plain_model() -> Transformer:
+    model = Transformer(small_model_config(vocab_size=61))
+    model.init_weights(0)
+    return model
+
+
+@pytest.mark.parametrize("chunk", [64, 256, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_are_updated_in_parts(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
+    for module in (host, optimizer_offload):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    # The norm of parts is not the norm of the whole to the last bit, so one that does not clip.
+    plain, offloaded = (trained(offload, dtype=dtype, max_norm=1e9) for offload in (False, True))
+    assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
+    plain, offloaded = (trained(offload, dtype=dtype) for offload in (False, True))
+    for name in plain:
+        torch.testing.assert_close(offloaded[name], plain[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_through_page_locked_buffers(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
+    """With streams and events that have always happened: what is copied whereto, not when."""
+    for module in (host, optimizer_offload):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    expected = trained(True, dtype=dtype)
+    stand_in_for_cuda(monkeypatch)
+    monkeypatch.setattr(host, "_page_locked", lambda count: torch.full((count,), 255, dtype=torch.uint8))  # NaN, in either dtype
+    monkeypatch.setattr(optimizer_offload, "link_to", host.CudaLink)
+    found = trained(True, dtype=dtype)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_backward_waits_where_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(True)
+    monkeypatch.setattr(optimizer_offload, "IN_FLIGHT", 1)
+    under_way: list[int] = []
+    receive = OffloadedAdamW._receive
+
+    def watched(self: OffloadedAdamW, parameter: Tensor) -> None:
+        receive(self, parameter)
+        under_way.append(len(self._pending))
+
+    monkeypatch.setattr(OffloadedAdamW, "_receive", watched)
+    found = trained(True)
+    assert set(under_way) == {1}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_parameter_without_a_gradient_is_left_alone() -> None:
+    results = []
+    for offload in (None, torch.device("cpu")):
+        model = plain_model()
+        optimizer = build_optimizer(model, TrainingConfig(), offload)
+        if isinstance(optimizer, OffloadedAdamW):
+            for parameter, value in zip(model.parameters(), plain_model().parameters(), strict=True):
+                optimizer.master(parameter).copy_(value.detach())
+            optimizer.publish()
+        (model.embedding.weight.square().sum() + model.layers[0].mlp.gate_up.weight.sum()).backward()
+        norm = clip(model, optimizer, 1.0, CPU)
+        optimizer.step()
+        optimizer.zero_grad()
+        values = [optimizer_offload.master_of(optimizer, p).detach().clone() for p in model.parameters()]
+        results.append((norm, values, [name for name, p in model.named_parameters() if p in optimizer.state]))
+        if isinstance(optimizer, OffloadedAdamW):
+            optimizer.close()
+    (norm, values, known), (offloaded_norm, offloaded_values, offloaded_known) = results
+    assert torch.equal(norm, offloaded_norm) and known == offloaded_known == ["embedding.weight", "layers.0.mlp.gate_up.weight"]
+    assert all(map(torch.equal, values, offloaded_values))
+
+
+def test_no_gradient_at_all_is_a_step_that_does_nothing() -> None:
+    model = plain_model()
+    optimizer = build_optimizer(model, TrainingConfig(), torch.device("cpu"))
+    assert isinstance(optimizer, OffloadedAdamW)
+    assert float(optimizer.clip(1.0)) == 0
+    optimizer.step()
+    optimizer.finish()
+    assert not optimizer.state
+    optimizer.close()
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    optimizer = build_optimizer(plain_model(), TrainingConfig(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"host_state\(parameter\)"):
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def offloaded_model(work: Path, *more: str, device: str = "cpu") -> Transformer:
+    return build_model(small_config(work, ON, *more), World(0, 1, torch.device(device), None))
+
+
+@pytest.mark.parametrize("attention", ["nsa", "window"])
+def test_what_stays_float32(work: Path, attention: str) -> None:
+    more = (f"model.attention={attention}", "model.tie_embeddings=false", "training.precision=bf16")
+    model = offloaded_model(work, *more)
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert wide == {n for n, _ in model.named_parameters() if any(w in n for w in ("norm", "embedding", "head.", "router", "position"))}
+    assert {p.dtype for p in offloaded_model(work, *more, "training.precision=fp32").parameters()} == {torch.float32}
+
+
+def test_bytes_on_the_gpu_of_the_large_model(work: Path) -> None:
+    """Without offload 16: weights, gradients and two moments in float32."""
+    large = ("model=large", "model.vocab_size=32768", "model.hidden_size=1024", "model.num_layers=16", "model.num_heads=32", "model.num_kv_heads=2")
+    large += ("model.head_dim=128", "model.intermediate_size=3584", "model.moe.num_experts=64", "model.moe.expert_size=512")
+    model = offloaded_model(work, *large, "training.precision=bf16", device="meta")
+    parameters = list(model.parameters())
+    assert sum(p.numel() for p in parameters) > 1.7e9
+    assert sum(p.nbytes for p in parameters) / sum(p.numel() for p in parameters) < 2.1
+
+
+def test_too_little_host_memory_is_said_before_the_system_kills(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "memory_bytes", lambda: 1 << 19)
+    with pytest.raises(ConfigError, match=r"memory\.optimizer_offloading\.enabled=true takes .* GiB of host memory"):
+        Trainer(small_config(work, *SETTINGS, ON)).train()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_gpu_without_room_is_told_of_it(work: Path, error: Exception) -> None:
+    said = [describe_out_of_memory(error, "making a step", small_config(work, *more)) or "" for more in ((), (ON,))]
+    assert (ON in said[0]) == isinstance(error, torch.OutOfMemoryError) and ON not in said[1]
+
+
+def test_several_ranks_are_refused(work: Path) -> None:
+    trainer = Trainer(small_config(work, *SETTINGS, ON))
+    mesh: Any = object()
+    with pytest.raises(ConfigError, match=r"built for training in one process.*memory\.optimizer_offloading\.enabled=false"):
+        trainer._check_world(World(0, 1, torch.device("cpu"), mesh))
+
+
+# ------------------------------------------------------------------------------------------------------------------ GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings",
+    [("training.precision=bf16",), ("training.precision=fp32",), ("memory.activation_checkpointing=full",), ("training.compile=true",)],
+    ids=lambda settings: settings[0].split(".")[-1],
+)
+def test_a_run_on_a_gpu_is_the_same(work: Path, settings: tuple[str, ...]) -> None:
+    """But for the last bits, in which AdamW differs between CPU and GPU."""
+    settings = ("training.device=cuda", "training.max_steps=12", *settings)
+    plain, offloaded = run(work, "plain", *settings)[0], run(work, "offloaded", *settings, ON)[0]
+    for key in ("loss", "val_loss", "grad_norm"):
+        found = [[row[key] for row in rows if key in row] for rows in (plain, offloaded)]
+        assert found[1] == pytest.approx(found[0], rel=5e-3), key
+    assert offloaded[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6), "the weights of the first forward are the same"
+
+
+@pytest.mark.gpu
+def test_a_gpu_resumes_what_was_offloaded(work: Path) -> None:
+    gpu = ("training.device=cuda", "training.max_steps=4")
+    run(work, "run", *gpu, ON)
+    (work / "run").rename(work / "first")
+    (work / "first").rename(work / "run")
+    more = ("training.device=cuda", "training.max_steps=6", "training.resume=auto")
+    assert Trainer(small_config(work, *SETTINGS, *more)).train() == 0
+    losses = [row["loss"] for row in steady_rows(work / "run") if "loss" in row]
+    assert len(losses) == 6 and losses[5] < losses[0]
+
+
+@pytest.mark.gpu
+def test_bytes_measured_on_a_gpu(work: Path) -> None:
+    """Between steps the GPU holds what passes read, and nothing else of the optimizer."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    wide = ("model.hidden_size=256", "model.num_layers=4", "model.moe.num_experts=16", "model.moe.expert_size=256", "training.precision=bf16")
+    config = small_config(work, ON, *wide)
+    before = torch.cuda.memory_allocated(device)
+    model = build_model(config, World(0, 1, device, None))
+    optimizer = build_optimizer(model, config.training, device)
+    assert isinstance(optimizer, OffloadedAdamW)
+    count = sum(p.numel() for p in model.parameters())
+    for parameter in model.parameters():
+        optimizer.master(parameter).normal_(std=0.02)
+    optimizer.publish()
+    tokens = torch.randint(0, 300, (256,), device=device)
+    for _ in range(3):
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                out = model(tokens, targets=tokens.roll(-1))
+            (out.loss + out.auxiliary).backward()
+            del out
+        assert all(p.grad is None for p in model.parameters())
+        assert torch.isfinite(optimizer.clip(1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.finish()
+    torch.cuda.synchronize()
+    for parameter in model.parameters():
+        assert torch.equal(parameter.detach().cpu(), optimizer.master(parameter).to(parameter.dtype))
+    held = torch.cuda.memory_allocated(device) - before
+    assert held / count < 2.4, f"{held / count:.2f} bytes a parameter"
+    optimizer.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 100, 1000, 5000])
+def test_what_crosses_the_link_arrives(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -> None:
+    monkeypatch.setattr(host, "CHUNK", 1024)
+    device = torch.device("cuda", torch.cuda.current_device())
+    link = host.link_to(device)
+    values = torch.randn(count, device=device).to(dtype)
+    parts = [part.clone() for part in link.to_host(values, link.now())]
+    assert torch.equal(torch.cat(parts), values.cpu())
+    targets = [torch.zeros(size, dtype=kind, device=device) for size, kind in ((6, dtype), (100, torch.float32), (7, dtype), (33, torch.bfloat16))]
+    for _ in range(5):
+        sources = [torch.randn(len(target)) for target in targets]
+        link.begin(link.now())
+        link.to_device(zip(sources, targets, strict=True))
+        event = link.sent()
+        assert event is not None
+        event.synchronize()
+        assert all(torch.equal(target.cpu(), source.to(target.dtype)) for source, target in zip(sources, targets, strict=True))
