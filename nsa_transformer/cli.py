@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from nsa_transformer.config import ConfigError, ExpertOffloadingConfig
@@ -63,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the most likely token (0.8)")
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that reach probability P")
+    generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw from tokens with at least P times the most likely one's probability")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens that were there become less likely (1)")
     generate.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
     generate.add_argument("--kv-cache", choices=["none", "fp8"], help="quantization of the cache; by default the run's own setting")
@@ -111,10 +114,10 @@ def _generate(options: argparse.Namespace) -> int:
     from nsa_transformer.inference.load import load_checkpoint, saved_kv_cache
     from nsa_transformer.memory.expert_offload import store_of
 
-    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.seed)
-    quantization = options.kv_cache or saved_kv_cache(options.run).quantization
-    if quantization != "none":
-        raise ConfigError(f"--kv-cache {quantization} is not built yet; write --kv-cache none")
+    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed)
+    kv_cache = saved_kv_cache(options.run)
+    if options.kv_cache is not None:
+        kv_cache = replace(kv_cache, quantization=options.kv_cache)
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     offloading = _expert_offloading(options)
@@ -128,7 +131,7 @@ def _generate(options: argparse.Namespace) -> int:
         prompt_ids = tokenizer.encode(options.prompt)
     except UnicodeEncodeError:
         raise ConfigError("--prompt is not valid UTF-8") from None
-    pieces = generate_text(model, tokenizer, prompt_ids, options.max_new_tokens, sampling, options.stop)
+    pieces = generate_text(model, tokenizer, prompt_ids, options.max_new_tokens, sampling, options.stop, kv_cache)
     ids: list[int] = []
     text = ""
     for new_ids, piece in pieces:

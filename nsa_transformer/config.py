@@ -515,6 +515,11 @@ class Config:
             f"(and model.original_max_position_embeddings={positions} if the weights were trained at {positions}) or data.max_length={positions}",
         )
         _need(
+            self.memory.kv_cache.quantization == "none" or self.model.attention == "nsa",
+            f"memory.kv_cache.quantization={self.memory.kv_cache.quantization} is for model.attention=nsa, not {self.model.attention}; "
+            "write memory.kv_cache.quantization=none",
+        )
+        _need(
             self.training.resume is None or self.training.init_from is None,
             "training.resume and training.init_from exclude each other: one continues a run, the other starts a new one; drop one of them",
         )
@@ -529,10 +534,8 @@ class Config:
 
 def unsupported_options(config: Config) -> list[str]:
     """Options that are valid but that nothing implements yet, each as a sentence naming its key. A run refuses to start on any."""
-    kv, kernels, training = config.memory.kv_cache, config.memory.cuda_kernels, config.training
+    kernels, training = config.memory.cuda_kernels, config.training
     found = []
-    if kv.quantization != "none":
-        found.append(f"memory.kv_cache.quantization={kv.quantization} is not built yet; write memory.kv_cache.quantization=none")
     for name in ("enable_hbm_optimizations", "enable_bank_conflict_avoidance"):
         if getattr(kernels, name):
             found.append(f"memory.cuda_kernels.{name}=true is not built yet; write memory.cuda_kernels.{name}=false")

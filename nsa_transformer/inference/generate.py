@@ -1,4 +1,4 @@
-"""Generating text, a token at a time, with the keys and values of what came before in a cache."""
+"""Generating text, a token at a time for one prompt or many, with the keys and values of what came before in a cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsa_transformer.config import KVCacheConfig
 from nsa_transformer.data.tokenizer import Tokenizer
+from nsa_transformer.inference.decoder import Decoder
+from nsa_transformer.models.cache import KVCache
 from nsa_transformer.models.transformer import Transformer
 
 PREFILL_CHUNK = 4096  # prompt tokens per pass, which bounds the memory of a long prompt
@@ -17,11 +20,13 @@ PREFILL_CHUNK = 4096  # prompt tokens per pass, which bounds the memory of a lon
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is drawn. temperature 0: the most likely one. top_k None and top_p 1: from all."""
+    """How the next token is drawn. temperature 0: the most likely one. top_k None, top_p 1 and min_p 0: from all. repetition_penalty 1: none."""
 
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -31,31 +36,40 @@ class SamplingConfig:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to draw from all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie between 0 and 1, above 0; 1 draws from all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie between 0 and 1; 0 draws from all tokens")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be a positive number; 1 is none")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must lie in 0 … 2**63 - 1")
 
 
-def next_token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Logits `[vocab]` to float32 probabilities `[vocab]` after temperature, top-k and top-p, in this order.
+def next_token_probabilities(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:
+    """Logits `[..., vocab]` to float32 probabilities `[..., vocab]` after the repetition penalty, temperature, top-k, top-p and min-p, in this order.
 
-    top-p keeps the fewest most likely tokens whose probabilities reach it.
+    The penalty (arXiv 1909.05858) divides positive logits of the tokens in `seen`, bool `[..., vocab]`, and multiplies negative ones. top-p keeps the fewest
+    most likely tokens whose probabilities reach it; min-p those with at least this share of the most likely one's probability (arXiv 2407.01082).
     """
     logits = logits.float()
+    if seen is not None and config.repetition_penalty != 1:
+        penalized = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
     if config.temperature == 0:
-        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     # In float64 and from the largest down, so that a tiny temperature gives the most likely token and not infinities.
-    logits = ((logits - logits.max()).double() / config.temperature).float()
-    if config.top_k is not None and config.top_k < len(logits):
-        kept = logits.topk(config.top_k).indices
-        logits = torch.full_like(logits, -torch.inf).index_copy_(0, kept, logits[kept])
+    logits = ((logits - logits.amax(-1, keepdim=True)).double() / config.temperature).float()
+    if config.top_k is not None and config.top_k < logits.shape[-1]:
+        kept = logits.topk(config.top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, kept.indices, kept.values)
     p = logits.softmax(-1)
     if config.top_p < 1:
-        ordered, order = p.sort(descending=True, stable=True)
-        p = p.index_fill(0, order[ordered.cumsum(0) - ordered >= config.top_p], 0.0)
-    return p / p.sum()
+        ordered, order = p.sort(dim=-1, descending=True, stable=True)
+        p = p.scatter(-1, order, ordered.masked_fill(ordered.cumsum(-1) - ordered >= config.top_p, 0.0))
+    if config.min_p > 0:
+        p = p.masked_fill(p < config.min_p * p.amax(-1, keepdim=True), 0.0)
+    return p / p.sum(-1, keepdim=True)
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompt: Sequence[int],
@@ -63,39 +77,99 @@ def generate(
     sampling: SamplingConfig,
     eod_id: int | None = None,
     num_tokens: int | None = None,
+    kv_cache: KVCacheConfig | None = None,
 ) -> Iterator[int]:
-    """Yield up to `max_new_tokens` ids after `prompt`, ending before `eod_id` (None: never). The model should be in eval mode.
+    """Yield up to `max_new_tokens` ids after `prompt`, ending before `eod_id`: `generate_batch` for one prompt."""
+    for _, token in generate_batch(model, [prompt], max_new_tokens, sampling, eod_id, num_tokens, kv_cache):
+        yield token
 
-    Only ids below `num_tokens` are drawn (None: all): a model may have more rows than its tokenizer has tokens.
+
+@torch.no_grad()
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eod_id: int | None = None,
+    num_tokens: int | None = None,
+    kv_cache: KVCacheConfig | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Yield pairs of a prompt's number and its next id, up to `max_new_tokens` for each, ending before `eod_id` (None: never). The model should be in eval
+    mode.
+
+    Prompts of any lengths are decoded together; what all of them begin with is computed once. Prompt i draws with the seed `sampling.seed + i`, so its text
+    does not depend on the others but for rounding. Only ids below `num_tokens` are drawn (None: all): a model may have more rows than its tokenizer has
+    tokens. `kv_cache` as in `memory.kv_cache`.
 
     Raises `ValueError` before the first token for an empty prompt, or where prompt and new tokens would pass the model's positions.
     """
-    if not prompt:
-        raise ValueError("the prompt has no token; give at least one character")
-    limit = model.config.max_position_embeddings
+    _check_prompts(prompts, max_new_tokens, model.config.max_position_embeddings)
+    device = next(model.parameters()).device
+    generators = []
+    for number in range(len(prompts)):
+        generators.append(torch.Generator(device))
+        if sampling.seed is None:
+            generators[-1].seed()
+        else:
+            generators[-1].manual_seed((sampling.seed + number) % 2**63)
+    if max_new_tokens == 0 or not prompts:
+        return
+    cache = model.new_cache(len(prompts), kv_cache)
+    logits = _prefill(model, cache, prompts, device)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), logits.shape[-1], dtype=torch.bool, device=device)
+        for number, prompt in enumerate(prompts):
+            seen[number, torch.tensor(prompt, device=device)] = True
+    decoder = Decoder(model, cache)
+    live = list(range(len(prompts)))
+    tokens = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+    for turn in range(max_new_tokens):
+        p = next_token_probabilities(logits[:, :num_tokens], sampling, None if seen is None else seen[:, :num_tokens])
+        for number in live:
+            tokens[number] = torch.multinomial(p[number], 1, generator=generators[number])[0]
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        drawn = tokens.tolist()
+        for number in live:
+            if drawn[number] == eod_id:
+                cache.free(number)
+            else:
+                yield number, drawn[number]
+        live = [number for number in live if drawn[number] != eod_id]
+        if not live or turn == max_new_tokens - 1:
+            return
+        logits = decoder(tokens)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
-    if len(prompt) + max_new_tokens > limit:
-        raise ValueError(
-            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones pass max_position_embeddings={limit}; "
-            f"ask for {max(limit - len(prompt), 0)} new tokens or fewer"
-        )
-    device = next(model.parameters()).device
-    generator = torch.Generator(device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    cache = model.new_cache()
-    tokens = torch.tensor(prompt, dtype=torch.int64, device=device)
-    for _ in range(max_new_tokens):
-        for chunk in tokens.split(PREFILL_CHUNK):
-            logits = model(chunk, cache=cache, last_only=True)
-        tokens = torch.multinomial(next_token_probabilities(logits[-1, :num_tokens], sampling), 1, generator=generator)
-        token = int(tokens)
-        if token == eod_id:
-            return
-        yield token
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("the prompt has no token; give at least one character")
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and {max_new_tokens} new ones pass max_position_embeddings={limit}; "
+                f"ask for {max(limit - len(prompt), 0)} new tokens or fewer"
+            )
+
+
+def _prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Logits [B, vocab] after each prompt."""
+    shortest = min(len(prompt) for prompt in prompts) - 1  # the last token gives the logits
+    shared = next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest) if len(prompts) > 1 else 0
+    if shared:
+        for chunk in torch.tensor(prompts[0][:shared], dtype=torch.int64, device=device).split(PREFILL_CHUNK):
+            model(chunk, cache=cache, last_only=True)
+        for number in range(1, len(prompts)):
+            cache.fork(0, number)
+    logits = []
+    for number, prompt in enumerate(prompts):
+        for chunk in torch.tensor(prompt[shared:], dtype=torch.int64, device=device).split(PREFILL_CHUNK):
+            last = model(chunk, cache=cache, sequence=number, last_only=True)
+        logits.append(last[-1])
+    return torch.stack(logits)
 
 
 def generate_text(
@@ -105,6 +179,7 @@ def generate_text(
     max_new_tokens: int,
     sampling: SamplingConfig,
     stop: Sequence[str] = (),
+    kv_cache: KVCacheConfig | None = None,
 ) -> Iterator[tuple[list[int], str]]:
     """Yield new ids with the text they complete, ending at end-of-document or before any of the `stop` texts.
 
@@ -115,7 +190,7 @@ def generate_text(
         raise ValueError("a stop text is empty; leave it out")
     ids: list[int] = []
     shown, pending = 0, []
-    for token in generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.eod_id, tokenizer.vocab_size):
+    for token in generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.eod_id, tokenizer.vocab_size, kv_cache):
         ids.append(token)
         pending.append(token)
         text = tokenizer.decode_bytes(ids).decode(errors="replace")

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from nsa_transformer.config import ModelConfig, NSAConfig
 from nsa_transformer.kernels import CompressionWeights, compress_blocks, nsa_attention
-from nsa_transformer.models.cache import LayerCache, visible_tail
+from nsa_transformer.kernels.decode import nsa_decode
+from nsa_transformer.kernels.paged import NewRows
+from nsa_transformer.models.cache import DenseLayerCache, LayerView, SparseLayerCache
 from nsa_transformer.models.layout import PackLayout
 from nsa_transformer.models.rope import RotaryEmbedding
 
@@ -79,15 +81,16 @@ class NativeSparseAttention(nn.Module):
         self.v_compress = BlockCompressor(self.head_dim_v, config)
         self.gate = GateMLP(hidden_size, num_heads)
         self.attend: Callable[..., Tensor] = nsa_attention  # type: ignore[assignment]
+        self.decode: Callable[..., Tensor] = nsa_decode  # type: ignore[assignment]
         self.backend = "auto"  # of the compression and the attention, as `nsa_attention` takes it
         # As a part of `Transformer` these are drawn again, from its seed.
         for parameter in (p for c in (self.k_compress, self.v_compress) for n, p in c.named_parameters() if n == "position"):
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerView | None = None) -> Tensor:
         """x `[T, hidden]` packed by `cu_seqlens` (int32 `[num_docs + 1]`; None: one document): `[T, hidden]`.
 
-        `layout` saves building the positions again in each layer. With a `cache`, x continues one sequence and `layout` says where.
+        `layout` saves building the positions again in each layer. With a `cache`, x continues one sequence, or has a token of each, and `layout` says where.
         """
         if x.dim() != 2 or x.shape[1] != self.q_proj.in_features:
             raise ValueError(f"x has shape {list(x.shape)}; give [T, {self.q_proj.in_features}], packed tokens without a batch axis")
@@ -103,12 +106,13 @@ class NativeSparseAttention(nn.Module):
             keys_values = (layout.cmp_rotation(k_cmp), v_cmp, k_slc, v_slc, k_win, v_win)
             out = self.attend(q, *keys_values, gates, self.config, cu_seqlens=layout.cu_seqlens, backend=self.backend)
         else:
-            named = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
-            rows = {name: cache.append(name, new) for name, new in named.items()}
-            rows["k_cmp"], rows["v_cmp"] = self._compress_tail(k_cmp, v_cmp, cache)
-            total = rows["k_slc"].shape[0]
-            ends = visible_tail(total, x.device)
-            out = self.attend(q=q, **rows, gates=gates, config=self.config, cu_seqlens=layout.cu_seqlens, cu_seqlens_k=ends, backend=self.backend)
+            assert isinstance(cache.layer, SparseLayerCache)
+            new = NewRows(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+            if cache.sequence is None:
+                out = self.decode(q, gates, cache.layer.step(new, self._compress_blocks, self.backend), self.config, backend=self.backend)
+            else:
+                rows = cache.layer.extend(cache.sequence, cache.start, new, self._compress_blocks)
+                out = self.attend(q=q, **rows, gates=gates, config=self.config, backend=self.backend)
         return self.o_proj(out.flatten(1))
 
     def _compress(self, k: Tensor, v: Tensor, rows: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -117,22 +121,13 @@ class NativeSparseAttention(nn.Module):
         weights = None if k_weights is None or v_weights is None else (k_weights, v_weights)
         return compress_blocks(k, v, self.config, weights=weights, cu_seqlens=cu_seqlens, rows=rows, backend=self.backend)
 
-    def _compress_tail(self, k_raw: Tensor, v_raw: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """Append raw keys and values, compress the blocks that became whole, and return all compressed rows. What no later
-        block needs leaves the cache, so the raw rows begin where the next block does."""
-        block, stride = self.config.compress_block, self.config.compress_stride
-        k_raw, v_raw = cache.append("k_raw", k_raw), cache.append("v_raw", v_raw)
-        count = max(0, (k_raw.shape[0] - block) // stride + 1)
-        if not count:  # most steps of a generation
-            return cache.append("k_cmp", k_raw[:0]), cache.append("v_cmp", v_raw[:0])
-        index = torch.arange(count, device=k_raw.device)
-        rows = index[:, None] * stride + torch.arange(block, device=k_raw.device)
-        positions = (index + cache.length("k_cmp")) * stride + block // 2
-        k_new, v_new = (x[:count] for x in self._compress(k_raw, v_raw, rows))
-        k_new = self.rope.rotation(positions)(k_new)
-        for name in ("k_raw", "v_raw"):
-            cache.drop(name, count * stride)
-        return cache.append("k_cmp", k_new), cache.append("v_cmp", v_new)
+    def _compress_blocks(self, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole blocks k, v `[N, l, heads, …]`, blocks `index` int64 `[N]` of their sequences: compressed and rotated, `[N, heads, …]`."""
+        ends = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device) * k.shape[1]
+        rows = torch.arange(k.shape[0] * k.shape[1], device=k.device).view(k.shape[:2])
+        k_new, v_new = (x[: len(index)] for x in self._compress(k.flatten(0, 1), v.flatten(0, 1), rows, ends))
+        middles = index * self.config.compress_stride + self.config.compress_block // 2
+        return self.rope.rotation(middles)(k_new), v_new
 
 
 class GateMLP(nn.Module):
@@ -162,7 +157,7 @@ class DenseAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim_v, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim_v, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerView | None = None) -> Tensor:
         """As `NativeSparseAttention.forward`."""
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
@@ -172,7 +167,11 @@ class DenseAttention(nn.Module):
         if cache is None:
             out = packed_attention(q, k, v, layout.cu_seqlens, self.window)
         else:
-            out = _attend_document(q, cache.append("k", k), cache.append("v", v), self.window)
+            assert isinstance(cache.layer, DenseLayerCache)
+            if cache.sequence is None:
+                out = _attend_newest(q, *cache.layer.step(k, v), self.window)
+            else:
+                out = _attend_document(q, *cache.layer.extend(cache.sequence, cache.start, k, v), self.window)
         return self.o_proj(out.flatten(1))
 
 
@@ -202,6 +201,15 @@ def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
         key = torch.arange(first, last, device=q.device)
         out.append(_sdpa(q[start:end], k[first:last], v[first:last], attn_mask=(key <= t) & (key > t - window)))
     return torch.cat(out) if out else q.new_empty(0, q.shape[1], v.shape[2])
+
+
+def _attend_newest(q: Tensor, k: Tensor, v: Tensor, t: Tensor, window: int | None) -> Tensor:
+    """A query of each sequence, q `[B, Hq, Dk]` at position t `[B]`, against k, v `[B, Hkv, S, …]`: `[B, Hq, Dv]`."""
+    key = torch.arange(k.shape[2], device=t.device)
+    mask = key <= t[:, None]
+    if window is not None:
+        mask = mask & (key > t[:, None] - window)
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], enable_gqa=True).squeeze(2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:

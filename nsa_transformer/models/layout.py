@@ -43,6 +43,13 @@ class PackLayout:
         middles = index * config.compress_stride + config.compress_block // 2
         return PackLayout(cu_seqlens, owner, rope.rotation(positions + start), rows, rope.rotation(middles))
 
+    @staticmethod
+    def step(lengths: Tensor, rope: RotaryEmbedding) -> PackLayout:
+        """The newest token of each sequence, lengths int32 [B] with it; nothing is compressed from these tokens alone."""
+        none = torch.zeros(0, 1, dtype=torch.int64, device=lengths.device)
+        ends = torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+        return PackLayout(ends, ends[:-1].long(), rope.rotation((lengths - 1).clamp(min=0)), none, rope.rotation(none[:, 0]))
+
 
 def _check_boundaries(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
     """The values only on the CPU, where reading them does not wait for a device."""

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsa_transformer.config import ModelConfig
+from nsa_transformer.config import KVCacheConfig, ModelConfig
 from nsa_transformer.models.attention import DenseAttention, NativeSparseAttention
-from nsa_transformer.models.cache import KVCache, LayerCache
+from nsa_transformer.models.cache import KVCache, LayerView
 from nsa_transformer.models.layout import PackLayout
 from nsa_transformer.models.loss import IGNORE, summed_loss, token_losses
 from nsa_transformer.models.moe import MLP, MixtureOfExperts, RouterStatistics
@@ -71,10 +71,10 @@ class Block(nn.Module):
         # How the block is run: activation checkpointing puts itself in here.
         self.run: Callable[..., BlockOutput] = _run
 
-    def forward(self, x: Tensor, layout: PackLayout, valid: Tensor | None = None, cache: LayerCache | None = None) -> BlockOutput:
+    def forward(self, x: Tensor, layout: PackLayout, valid: Tensor | None = None, cache: LayerView | None = None) -> BlockOutput:
         return self.run(self._forward, x, layout, valid, cache)
 
-    def _forward(self, x: Tensor, layout: PackLayout, valid: Tensor | None, cache: LayerCache | None) -> BlockOutput:
+    def _forward(self, x: Tensor, layout: PackLayout, valid: Tensor | None, cache: LayerView | None) -> BlockOutput:
         x = x + self.attention(self.attention_norm(x), layout=layout, cache=cache)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MixtureOfExperts):
@@ -106,6 +106,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         valid: Tensor | None = None,
         cache: KVCache | None = None,
+        sequence: int = 0,
         loss_chunk_size: int = 2048,
         per_token: bool = False,
         last_only: bool = False,
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
             tokens: int64 `[T]`, documents packed by cu_seqlens (int32 `[num_docs + 1]`; None: one document).
             targets: int64 `[T]`, -100 where there is no loss.
             valid: bool `[T]`, False for padding, which expert loads and router losses leave out.
-            cache: continue one sequence; its keys and values so far are attended, the new ones appended.
+            cache: continue its sequence number `sequence`; keys and values so far are attended, the new ones appended.
             loss_chunk_size: tokens whose logits exist at once.
             per_token: return a loss per token, without gradient, instead of the differentiable sum.
             last_only: logits of the last token alone, `[1, vocab]`.
@@ -125,9 +126,7 @@ class Transformer(nn.Module):
             ValueError: an argument of a wrong shape, dtype or (on the CPU) value, or a sequence past `max_position_embeddings`.
         """
         self._check(tokens, cu_seqlens, targets, valid, cache, loss_chunk_size)
-        start = 0 if cache is None else cache.length
-        if cache is not None:
-            cache.advance(len(tokens))
+        start = 0 if cache is None else cache.extend(sequence, len(tokens), tokens.device)
         layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device, start)
         self._check_lengths(layout.cu_seqlens)
         self.ready(self.embedding)
@@ -135,14 +134,14 @@ class Transformer(nn.Module):
         statistics = []
         for index, block in enumerate(self.layers):
             self.ready(block)
-            x, found = block(x, layout, valid, None if cache is None else cache.layers[index])
+            x, found = block(x, layout, valid, None if cache is None else LayerView(cache.layers[index], sequence, start))
             if found is not None:
                 statistics.append(found)
         self.ready(self.norm)
         x = self.norm(x[-1:] if last_only else x)
-        weight = self.embedding.weight if self.head is None else self.head.weight
         if targets is None:
-            return F.linear(x, weight).float() if torch.is_autocast_enabled(x.device.type) else F.linear(x, weight)
+            return self._logits(x)
+        weight = self.embedding.weight if self.head is None else self.head.weight
         loss = token_losses(x, weight, targets, loss_chunk_size) if per_token else summed_loss(x, weight, targets, loss_chunk_size)
         auxiliary = torch.stack([s.auxiliary for s in statistics]).sum() if statistics else x.new_zeros((), dtype=torch.float32)
         num_experts = self.config.moe.num_experts
@@ -150,9 +149,36 @@ class Transformer(nn.Module):
         shares = [s.share for s in statistics if s.share is not None]
         return LossOutput(loss, auxiliary, load, torch.stack(shares) if shares else None)
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for one sequence."""
-        return KVCache(self.config.num_layers, self.config.max_position_embeddings)
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """One token more of each sequence of a cache: tokens int64 `[B]`, logits `[B, vocab]`. A sequence without tokens stays so, and its logits mean nothing.
+
+        Fixed shapes, and nothing waits for the device. Raises `ValueError` where a sequence would outgrow the model's positions.
+        """
+        if tokens.dim() != 1 or tokens.dtype != torch.int64 or len(tokens) != len(cache.lengths):
+            raise ValueError(f"tokens is {tokens.dtype} {list(tokens.shape)}; give torch.int64 [{len(cache.lengths)}], a token of each sequence of the cache")
+        cache.reserve_step(tokens.device)
+        return self.decode_reserved(tokens, cache)
+
+    @torch.no_grad()
+    def decode_reserved(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """`decode` after `cache.reserve_step`: the part that can be recorded and replayed as a CUDA graph."""
+        layout = PackLayout.step(cache.count_step(), self.rope)
+        self.ready(self.embedding)
+        x = self.embedding(tokens)
+        for index, block in enumerate(self.layers):
+            self.ready(block)
+            x, _ = block(x, layout, None, LayerView(cache.layers[index], None))
+        self.ready(self.norm)
+        return self._logits(self.norm(x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(x, weight).float() if torch.is_autocast_enabled(x.device.type) else F.linear(x, weight)
+
+    def new_cache(self, num_sequences: int = 1, settings: KVCacheConfig | None = None) -> KVCache:
+        """An empty cache; `settings` as in `memory.kv_cache`, None: all in the compute dtype."""
+        return KVCache(self.config, num_sequences, settings)
 
     def update_router_bias(self, load: Tensor) -> None:
         """Balance the experts: load `[MoE layers, E]` of a whole optimizer step over all ranks."""

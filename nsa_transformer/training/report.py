@@ -88,6 +88,6 @@ def _sample(config: Config, model: Transformer, data: TextData, validation: Sequ
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.training.precision == "bf16")
     # A growing cache would compile the blocks anew at each token.
     with torch.compiler.set_stance("force_eager"), autocast:
-        ids = list(generate(model, prompt, count, sampling, data.tokenizer.eod_id, data.tokenizer.vocab_size))
+        ids = list(generate(model, prompt, count, sampling, data.tokenizer.eod_id, data.tokenizer.vocab_size, config.memory.kv_cache))
     model.train()
     return f"{data.tokenizer.decode(prompt)}⟨the model goes on⟩{data.tokenizer.decode(ids)}\n"

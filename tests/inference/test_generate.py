@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from nsa_transformer.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_transformer.distributed.checkpoint import save_checkpoint, write_config
 from nsa_transformer.distributed.world import World
 from nsa_transformer.inference import generate as module
-from nsa_transformer.inference.generate import SamplingConfig, generate, generate_text, next_token_probabilities
+from nsa_transformer.inference.generate import SamplingConfig, generate, generate_batch, generate_text, next_token_probabilities
 from nsa_transformer.inference.load import saved_kv_cache
 from nsa_transformer.training.optimizer import build_optimizer
 
@@ -61,11 +62,33 @@ def probabilities(p: Sequence[float], **sampling) -> list[float]:
         # Top-k before top-p: of the two kept, the first has 4/7 = 0.571 and suffices for 0.5, and would not have by its 0.4.
         ({"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),
         ({"top_k": 2, "top_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+        ({"min_p": 0.5}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"min_p": 0.51}, [0, 4 / 7, 0, 3 / 7]),
+        ({"min_p": 1.0}, [0, 1, 0, 0]),
+        ({"top_k": 3, "min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
     ],
     ids=str,
 )
 def test_probabilities_by_hand(sampling: dict, expected: list[float]):
     assert probabilities([0.1, 0.4, 0.2, 0.3], **sampling) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    logits = torch.tensor([2.0, -1.0, 0.5, 2.0])
+    seen = torch.tensor([True, True, False, False])
+    found = next_token_probabilities(logits, SamplingConfig(temperature=1.0, repetition_penalty=2.0), seen)
+    torch.testing.assert_close(found, torch.tensor([1.0, -2.0, 0.5, 2.0]).softmax(0))
+    assert next_token_probabilities(logits, SamplingConfig(temperature=0, repetition_penalty=1.1), seen).argmax() == 3
+
+
+def test_rows_are_independent():
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
+    seen = torch.rand(5, 40, generator=torch.Generator().manual_seed(1)) < 0.3
+    for sampling in ({"temperature": 0}, {"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3}):
+        config = SamplingConfig(**{"temperature": 1.2, **sampling})
+        together = next_token_probabilities(logits, config, seen)
+        for row in range(5):
+            torch.testing.assert_close(together[row], next_token_probabilities(logits[row], config, seen[row]))
 
 
 def test_ties_keep_exactly_k_and_the_fewest():
@@ -141,6 +164,39 @@ def test_end_of_document_stops(model: Transformer):
     end = ids[7]
     assert list(generate(model, PROMPT, 20, GREEDY, eod_id=end)) == ids[: ids.index(end)]
     assert list(generate(model, PROMPT, 20, GREEDY, eod_id=10**6)) == ids
+
+
+PROMPTS = [PROMPT, PROMPT[:4], [*PROMPT, 5, 6, 7], random_tokens(150, 3).tolist(), [9]]
+
+
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS, [[*PROMPTS[3], *end] for end in ([1], [2, 3], [1, 4, 5, 6])], [PROMPT, PROMPT], [[3], [3]]], ids=["any", "prefix", "same", "one token"]
+)
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.0, top_k=20, repetition_penalty=1.2, seed=5)], ids=["greedy", "drawn"])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(model: Transformer, prompts: list[list[int]], sampling: SamplingConfig):
+    found: list[list[int]] = [[] for _ in prompts]
+    for number, token in generate_batch(model, prompts, 25, sampling):
+        found[number].append(token)
+    for number, prompt in enumerate(prompts):
+        alone = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
+        assert found[number] == list(generate(model, prompt, 25, alone)), number
+
+
+def test_a_batch_goes_on_when_some_have_ended(model: Transformer):
+    alone = [list(generate(model, prompt, 30, GREEDY)) for prompt in PROMPTS]
+    end = alone[1][3]
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    for number, token in generate_batch(model, PROMPTS, 30, GREEDY, eod_id=end):
+        found[number].append(token)
+    assert found == [ids[: ids.index(end)] if end in ids else ids for ids in alone]
+    assert len({len(ids) for ids in found}) > 1
+    assert list(generate_batch(model, [], 3, GREEDY)) == []
+
+
+def test_a_quantized_cache(model: Transformer):
+    """With nothing old enough it is the same; else it draws on."""
+    assert list(generate(model, PROMPT, 30, GREEDY, kv_cache=KVCacheConfig("fp8", 512))) == list(generate(model, PROMPT, 30, GREEDY))
+    assert len(list(generate(model, PROMPTS[3], 60, GREEDY, kv_cache=KVCacheConfig("fp8", 0)))) == 60
 
 
 def test_length_limits(model: Transformer):

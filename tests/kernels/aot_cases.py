@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -81,6 +82,33 @@ def expert_slots(num: int = 128, slots: int = 46, words: int = 3 * 768 * 2048 //
     kernels.stream(host, pool, state, 0, torch.empty(7, words // 3 * 2, dtype=torch.int32), torch.empty(7, words // 3, dtype=torch.int32))
 
 
+def decoding(
+    sequences: int, pages: int, dk: int, dv: int, group: int, dtype: torch.dtype, threshold: int | None = None, config: NSAConfig | None = None
+) -> None:
+    """A step of the attention for a token of each sequence, and what stores it."""
+    from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, page_rows, page_tokens, recent_tokens, ring_tokens
+    from nsa_transformer.kernels.triton import decode, decode_write
+
+    config = config or NSAConfig()
+
+    def pair(*size: int, kind: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(*size, dk, dtype=kind), torch.empty(*size, dv, dtype=kind)
+
+    count, hkv = sequences * pages, 2
+    stored = pair(count, hkv, page_tokens(config), kind=dtype if threshold is None else torch.float8_e4m3fn)
+    cache = PagedKeysValues(
+        torch.zeros(sequences, pages, dtype=torch.int32), torch.zeros(sequences, dtype=torch.int32),
+        *pair(count, hkv, page_rows(config)), *stored, *pair(sequences, hkv, ring_tokens(config)),
+    )  # fmt: skip
+    raw = dict(zip(("k_raw", "v_raw"), pair(sequences, hkv, config.compress_block), strict=True))
+    if threshold is not None:
+        scales = {name: torch.empty(count, hkv, page_tokens(config)) for name in ("k_scale", "v_scale")}
+        recent = zip(("k_recent", "v_recent"), pair(sequences, hkv, recent_tokens(config, threshold)), strict=True)
+        cache = replace(cache, **scales, **dict(recent), threshold=threshold)
+    decode_write.write(NewRows(*pair(sequences, hkv), *pair(sequences, hkv), *pair(sequences, hkv)), replace(cache, **raw), config)
+    decode.decode(torch.empty(sequences, hkv * group, dk, dtype=dtype), torch.empty(sequences, hkv * group, 3), cache, config, 0.1)
+
+
 def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
@@ -98,6 +126,10 @@ def cases() -> list[Case]:
         Case("experts decode bf16", partial(experts_decode, half)),
         Case("experts decode f32", partial(experts_decode, full), slow=True),
         Case("expert slots", expert_slots),
+        Case("decoding bf16 128 G16, 64k", partial(decoding, 1, 64, 128, 128, 16, half)),
+        Case("decoding bf16 128 G16, 128k, e4m3", partial(decoding, 16, 128, 128, 128, 16, half, 512), slow=True),
+        Case("decoding bf16 192/128 G3", partial(decoding, 2, 8, 192, 128, 3, half), slow=True),
+        Case("decoding f32 64 G4, blocks of 128", partial(decoding, 2, 8, 64, 64, 4, full, None, NSAConfig(64, 4, 128)), slow=True),
         Case("phi bf16 128", partial(compression, 128, 128, half)),
         Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),
         Case("phi f32 256, one head", partial(compression, 256, 256, full, NSAConfig(64, 64, 64), 1), slow=True),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_transformer import NativeSparseAttention, NSAConfig
+from nsa_transformer import ModelConfig, NativeSparseAttention, NSAConfig
 from nsa_transformer.kernels import nsa_attention
-from nsa_transformer.models.cache import LayerCache
+from nsa_transformer.models.cache import KVCache, LayerView
 from nsa_transformer.models.layout import PackLayout
 
 pytestmark = [
@@ -77,13 +77,13 @@ def test_decoding_is_prefill(compression: str) -> None:
     layer, x = build(compression, "triton"), tokens(45).float()
     whole = layer(x)
     for sizes in ([1] * 45, [7, 1, 20, 3, 14]):
-        cache, start = LayerCache(), 0
+        cache, start = KVCache(ModelConfig(num_layers=1, nsa=layer.config)), 0
         for size in sizes:
+            assert cache.extend(0, size, x.device) == start
             layout = PackLayout.build(size, None, layer.config, layer.rope, x.device, start)
-            out = layer(x[start : start + size], layout=layout, cache=cache)
+            out = layer(x[start : start + size], layout=layout, cache=LayerView(cache.layers[0], 0, start))
             torch.testing.assert_close(out, whole[start : start + size], rtol=1e-5, atol=1e-5)
             start += size
-        assert cache.length("k_cmp") == (45 - 8) // 4 + 1
 
 
 def test_attention_and_compression_have_one_backend() -> None:

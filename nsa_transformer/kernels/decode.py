@@ -1,0 +1,156 @@
+"""`nsa_decode`: Native Sparse Attention of one new token of each sequence against its cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa_transformer.config import NSAConfig
+from nsa_transformer.kernels.dispatch import check_backend_name, choose_backend
+from nsa_transformer.kernels.nsa import nsa_attention
+from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens, write_rows
+
+
+def nsa_decode(
+    q: Tensor,
+    gates: Tensor,
+    cache: PagedKeysValues,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_blocks: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `nsa_attention` gives the last token of each sequence, from keys and values in pages and rings.
+
+    Args:
+        q: `[B, Hq, Dk]`, rotated queries at position `cache.lengths - 1`; their own keys and values are in the cache already.
+        gates: `[B, Hq, 3]` in q's dtype or float32, after the sigmoid, in the order compressed, selected, window.
+        cache: see `PagedKeysValues`; k_cmp, v_cmp, k_win, v_win in q's dtype.
+        config: the geometry.
+        scale: of the scores; None: `Dk ** -0.5`.
+        backend: `triton`: two launches of fixed shape. `reference`, and so far `auto`: gathers each sequence, reading the lengths on the host, and calls
+        `nsa_attention` with
+            this backend; the kernels take over from `auto` once they have passed every test on a GPU.
+        return_blocks: also return the attended blocks.
+
+    Returns:
+        `[B, Hq, Dv]` in q's dtype, 0 for a sequence of length 0; with `return_blocks` also int32 `[B, Hkv, n]`, ascending, -1 padded.
+
+    Raises:
+        ValueError: naming the argument, what it was and what would do.
+    """
+    check_backend_name(backend)
+    _check(q, gates, cache, config)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend != "triton":
+        out, blocks = _gathered(q, gates, cache, config, scale, backend)
+    else:
+        choose_backend(backend, q, cache.v_cmp, config)  # raises where the kernels do not take this
+        from nsa_transformer.kernels.triton import decode as kernels
+
+        with torch.cuda.device_of(q):
+            out, blocks = kernels.decode(q, gates, cache, config, scale)
+    if not return_blocks:
+        return out
+    nowhere = torch.iinfo(torch.int32).max
+    blocks = blocks.masked_fill(blocks < 0, nowhere).sort(-1).values
+    return out, blocks.masked_fill(blocks == nowhere, -1)
+
+
+def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, backend: str = "auto") -> None:
+    """Store a new token of each sequence, at position `cache.lengths - 1`, before `nsa_decode` reads it; with e4m3, quantize the block that became old.
+
+    Page 0 takes what is written for no sequence, so it must be nobody's. Fixed shapes and no wait for the device; `backend` as for `nsa_decode`.
+    """
+    check_backend_name(backend)
+    if choose_backend(backend, rows.k_slc, cache.v_cmp, config, "k_slc") == "reference":
+        write_rows(rows, cache, config)
+        return
+    from nsa_transformer.kernels.triton import decode_write as kernels
+
+    with torch.cuda.device_of(rows.k_slc):
+        kernels.write(rows, cache, config)
+
+
+def gather_sequence(cache: PagedKeysValues, sequence: int, config: NSAConfig, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """k_cmp, v_cmp, k_slc, v_slc, k_win, v_win of one sequence as `nsa_attention` takes them. Rows that have left the window's ring are not set."""
+    length, pages = int(cache.lengths[sequence]), cache.pages[sequence].long()
+    rows = max(0, (length - config.compress_block) // config.compress_stride + 1)
+    position = torch.arange(length, device=pages.device)
+    quantized = (cache.k_scale, cache.v_scale), (cache.k_recent, cache.v_recent)
+    selected, window = [], []
+    for pool, scale, recent, ring in zip((cache.k_slc, cache.v_slc), *quantized, (cache.k_win, cache.v_win), strict=True):
+        x = gather_pages(pool, pages, length).to(dtype)
+        if scale is not None:
+            assert recent is not None
+            x = x * gather_pages(scale, pages, length)[..., None].to(dtype)
+            newer = position[max(0, length - cache.threshold) // config.select_block * config.select_block :]
+            x[newer] = recent[sequence][:, newer % recent.shape[2]].transpose(0, 1)
+        selected.append(x)
+        newest = position[-ring.shape[2] :]
+        window.append(torch.zeros_like(x))
+        window[-1][newest] = ring[sequence][:, newest % ring.shape[2]].transpose(0, 1)
+    return gather_pages(cache.k_cmp, pages, rows), gather_pages(cache.v_cmp, pages, rows), *selected, *window
+
+
+def _gathered(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    out = q.new_zeros(*q.shape[:2], cache.v_slc.shape[3])
+    blocks = torch.full((q.shape[0], cache.k_slc.shape[1], config.num_selected), -1, dtype=torch.int32, device=q.device)
+    for sequence, length in enumerate(cache.lengths.tolist()):
+        if length:
+            keys_values = gather_sequence(cache, sequence, config, q.dtype)
+            last = slice(sequence, sequence + 1)
+            k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = keys_values
+            out[last], blocks[last] = nsa_attention(
+                q[last], k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates[last], config, scale=scale, backend=backend, return_blocks=True
+            )
+    return out, blocks
+
+
+def _check(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig) -> None:
+    if not isinstance(config, NSAConfig):
+        raise ValueError(f"config is {type(config).__name__}; give an NSAConfig")
+    if not isinstance(cache, PagedKeysValues):
+        raise ValueError(f"cache is {type(cache).__name__}; give a PagedKeysValues")
+    if q.dim() != 3 or cache.k_slc.dim() != 4 or cache.v_slc.dim() != 4:
+        raise ValueError(
+            f"q has shape {list(q.shape)}, k_slc {list(cache.k_slc.shape)}, v_slc {list(cache.v_slc.shape)}; give [B, Hq, Dk] and [pages, Hkv, tokens, width]"
+        )
+    sequences, heads, dk = q.shape
+    count, kv_heads, tokens, _ = cache.k_slc.shape
+    dv, ring = cache.v_slc.shape[3], ring_tokens(config)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, which k_slc's {kv_heads} do not divide; give a multiple of {kv_heads}")
+    quantized = cache.k_slc.dtype == torch.float8_e4m3fn
+    stored = torch.float8_e4m3fn if quantized else q.dtype
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "k_slc": ((count, kv_heads, page_tokens(config), dk), stored),
+        "v_slc": ((count, kv_heads, page_tokens(config), dv), stored),
+        "k_cmp": ((count, kv_heads, page_rows(config), dk), q.dtype),
+        "v_cmp": ((count, kv_heads, page_rows(config), dv), q.dtype),
+        "k_win": ((sequences, kv_heads, ring, dk), q.dtype),
+        "v_win": ((sequences, kv_heads, ring, dv), q.dtype),
+        "lengths": ((sequences,), torch.int32),
+    }
+    if quantized:
+        recent = recent_tokens(config, cache.threshold)
+        wanted |= {
+            "k_scale": ((count, kv_heads, tokens), torch.float32),
+            "v_scale": ((count, kv_heads, tokens), torch.float32),
+            "k_recent": ((sequences, kv_heads, recent, dk), q.dtype),
+            "v_recent": ((sequences, kv_heads, recent, dv), q.dtype),
+        }
+    for name, (shape, dtype) in wanted.items():
+        x = getattr(cache, name)
+        if not isinstance(x, Tensor) or tuple(x.shape) != shape or x.dtype != dtype or x.device != q.device or not x.is_contiguous():
+            was = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"cache.{name} is {was}; q and k_slc ask for contiguous {dtype} {list(shape)} on {q.device}")
+    if cache.pages.dim() != 2 or cache.pages.shape[0] != sequences or cache.pages.dtype != torch.int32 or not cache.pages.is_contiguous():
+        raise ValueError(f"cache.pages is {cache.pages.dtype} {list(cache.pages.shape)}; give contiguous torch.int32 [{sequences}, max_pages]")
+    if tuple(gates.shape) != (sequences, heads, 3) or gates.dtype not in (q.dtype, torch.float32) or gates.device != q.device:
+        raise ValueError(f"gates is {gates.dtype} {list(gates.shape)} on {gates.device}; give {q.dtype} or torch.float32 {[sequences, heads, 3]} on {q.device}")
+    if cache.lengths.device.type == "cpu" and sequences:
+        longest = int(cache.lengths.max())
+        if int(cache.lengths.min()) < 0 or longest > cache.pages.shape[1] * tokens:
+            raise ValueError(f"cache.lengths reaches {longest}; {cache.pages.shape[1]} pages hold {cache.pages.shape[1] * tokens} tokens")
