@@ -141,7 +141,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """Where what lives, in a line for the start of a run."""
         count = sum(p.numel() for p in self._index)
         if self._device.type == "cpu":
-            return "memory.optimizer_offloading: without a GPU nothing moves; the update runs beside the forward in a thread of its own, with the same results"
+            return "optimizer in host memory: without a GPU nothing moves; the update runs beside the forward in a thread of its own, with the same results"
         streamed = sum(w.nbytes for w in self._streamed.values())
         held = sum(p.nbytes for p in self._index if p not in self._streamed) / count
         experts = f", and experts, {streamed / GIB:.1f} GiB," if streamed else ""

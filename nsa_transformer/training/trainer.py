@@ -251,7 +251,10 @@ class Trainer:
                     f"memory.{key}.enabled=false: FSDP2 shares weights and moments among the ranks"
                 )
         if memory.expert_offloading.enabled and not any(map(model.layer_has_experts, range(model.num_layers))):
-            raise ConfigError("memory.expert_offloading.enabled=true, and the model has no experts; write memory.optimizer_offloading.enabled=true")
+            raise ConfigError(
+                "memory.expert_offloading.enabled=true, and the model has no experts; write memory.expert_offloading.enabled=false, "
+                "and memory.optimizer_offloading.enabled=true for its optimizer"
+            )
 
     def _prepare_run_dir(self, world: World) -> None:
         name = self.config.run_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"

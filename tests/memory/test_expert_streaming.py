@@ -145,7 +145,7 @@ def test_a_layer_is_not_copied_again_for_what_is_written_into_another(work: Path
 
 
 def test_a_model_without_experts_is_refused(work: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no experts; write memory\.optimizer_offloading\.enabled=true"):
+    with pytest.raises(ConfigError, match=r"has no experts; write memory\.expert_offloading\.enabled=false, and memory\.optimizer_offloading\.enabled=true"):
         Trainer(small_config(work, *SETTINGS, ON, "model.moe.num_experts=0")).train()
 
 

@@ -168,7 +168,7 @@ def forward_in_parts(
 ) -> tuple[Tensor, Tensor, Routing]:
     """As `forward`, with the `num` experts a few at a time: (first, w13 [C, 2I, H], w2 [C, H, I]), neighbours that together are all. The same bits however
     they are cut. The next part is asked for once the kernels that read the last one are launched."""
-    x, weights = packed(x), packed(weights)
+    x, weights = packed(x), weights.contiguous()  # which no descriptor reads
     top_k, total = indices.shape[1], indices.numel()
     routing = make_routing(indices, num)
     hidden = x.new_empty(total if save else 0, 2 * width)
@@ -187,7 +187,7 @@ def backward(
     grad: Tensor, x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, hidden: Tensor, order: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, w13 and w2."""
-    grad, x, weights, w13, w2 = (packed(t) for t in (grad, x, weights, w13, w2))
+    weights, (grad, x, w13, w2) = weights.contiguous(), (packed(t) for t in (grad, x, w13, w2))
     top_k, total = weights.shape[1], order.numel()
     if total == 0:
         return torch.zeros_like(x), torch.zeros_like(weights), torch.zeros_like(w13), torch.zeros_like(w2)

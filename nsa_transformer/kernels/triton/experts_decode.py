@@ -161,7 +161,7 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     assert rows <= MAX_ROWS, f"{rows} places"
     if rows == 0:
         return torch.zeros_like(x)
-    x, weights, indices = packed(x), packed(weights), indices.contiguous()
+    x, weights, indices = packed(x), weights.contiguous(), indices.contiguous()
     w13, pitch13 = _pitch(w13)
     w2, pitch2 = _pitch(w2)
     tile = _tile(x.dtype, x.shape[0])
