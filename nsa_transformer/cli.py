@@ -8,15 +8,20 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nsa_transformer.config import ConfigError, ExpertOffloadingConfig
+from nsa_transformer.config import ConfigError, ExpertOffloadingConfig, KVCacheConfig
 from nsa_transformer.utils.threads import limit_spinning
+
+if TYPE_CHECKING:  # importing torch takes seconds, which a mistake on the command line need not wait for
+    from nsa_transformer.data.tokenizer import Tokenizer
+    from nsa_transformer.inference.generate import SamplingConfig
+    from nsa_transformer.memory.expert_offload import ExpertStore
+    from nsa_transformer.models.transformer import Transformer
 
 # Commands that have their place but are not built yet; each refuses by name.
 PLANNED = {
-    "chat": "talk with a run in the terminal",
     "serve": "serve a run over HTTP",
     "evaluate": "measure a run on benchmarks",
     "export": "write a run as one folder of weights, settings and tokenizer",
@@ -61,22 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("run", metavar="RUN", help="a run, one checkpoint of it, or an exported folder")
     generate.add_argument("--prompt", required=True, help="text that the model continues, fed as it is")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (128)")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the most likely token (0.8)")
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that reach probability P")
-    generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw from tokens with at least P times the most likely one's probability")
-    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens that were there become less likely (1)")
-    generate.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
-    generate.add_argument("--kv-cache", choices=["none", "fp8"], help="quantization of the cache; by default the run's own setting")
-    generate.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (auto: cuda where there is one)")
-    generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache (bfloat16 on a GPU, float32 on a CPU)")
-    generate.add_argument(
-        "--expert-offloading", action=argparse.BooleanOptionalAction, help="keep the experts in host memory; by default the run's own setting"
-    )
-    generate.add_argument("--gpu-budget-gib", type=float, metavar="GIB", help="with offloading: GPU memory for experts; by default the run's own setting")
+    _add_model_options(generate)
     generate.add_argument("--json", action="store_true", help="print one object: prompt_ids, ids, text; expert_offloading where experts are offloaded")
     generate.set_defaults(call=_generate)
+    chat = commands.add_parser("chat", help="talk with a run: a line is a message, an empty one is passed over, the end of the input ends it")
+    chat.add_argument("run", metavar="RUN", help="a run that learned conversations, one checkpoint of it, or an exported folder")
+    chat.add_argument("--system", metavar="TEXT", help="a first message that says how to answer")
+    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer at most (512)")
+    _add_model_options(chat)
+    chat.set_defaults(call=_chat)
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode and decode files").add_subparsers(required=True, metavar="ACTION")
     train = tokenizer.add_parser("train", help="train a byte-level BPE, with chat tokens")
@@ -106,18 +105,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn, and where and in what the model runs."""
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the most likely token (0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that reach probability P")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw from tokens with at least P times the most likely one's probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens that were there become less likely (1)")
+    parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    parser.add_argument("--kv-cache", choices=["none", "fp8"], help="quantization of the cache; by default the run's own setting")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run (auto: cuda where there is one)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache (bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--expert-offloading", action=argparse.BooleanOptionalAction, help="keep the experts in host memory; by default the run's own setting")
+    parser.add_argument("--gpu-budget-gib", type=float, metavar="GIB", help="with offloading: GPU memory for experts; by default the run's own setting")
+
+
+def _sampling(options: argparse.Namespace) -> SamplingConfig:
+    from nsa_transformer.inference.generate import SamplingConfig
+
+    return SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed)
+
+
+def _load(options: argparse.Namespace) -> tuple[Transformer, Tokenizer, KVCacheConfig, ExpertStore | None]:
+    """The model of RUN as the options want it."""
     import torch
 
     from nsa_transformer.distributed.world import choose_device
-    from nsa_transformer.inference.generate import SamplingConfig, generate_text
     from nsa_transformer.inference.load import load_checkpoint, saved_kv_cache
     from nsa_transformer.memory.expert_offload import store_of
 
-    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed)
     kv_cache = saved_kv_cache(options.run)
     if options.kv_cache is not None:
-        kv_cache = replace(kv_cache, quantization=options.kv_cache)
+        kv_cache = dataclasses.replace(kv_cache, quantization=options.kv_cache)
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     offloading = _expert_offloading(options)
@@ -127,6 +146,39 @@ def _generate(options: argparse.Namespace) -> int:
         print(f"expert offloading: {store.describe()}", file=sys.stderr)
     elif offloading.enabled:
         print("expert offloading: the model runs on the CPU, where its experts are as it is; nothing is moved", file=sys.stderr)
+    return model, tokenizer, kv_cache, store
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from nsa_transformer.inference.chat import Chat
+
+    sampling = _sampling(options)
+    model, tokenizer, kv_cache, _ = _load(options)
+    chat = Chat(model, tokenizer, sampling, options.max_new_tokens, options.system, kv_cache)
+    asked = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            message = input(asked)
+        except EOFError:
+            return 0
+        if not message:
+            continue
+        try:
+            for piece in chat.say(message):
+                print(piece, end="", flush=True)
+        except ValueError as error:  # too long a conversation; a shorter message may do
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # of this answer
+            if not asked:
+                raise
+        print(flush=True)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from nsa_transformer.inference.generate import generate_text
+
+    sampling = _sampling(options)
+    model, tokenizer, kv_cache, store = _load(options)
     try:
         prompt_ids = tokenizer.encode(options.prompt)
     except UnicodeEncodeError:

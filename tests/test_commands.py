@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import yaml
 
 from nsa_transformer import cli
 from nsa_transformer.config import ExpertOffloadingConfig
+from nsa_transformer.data.tokenizer import train_tokenizer
 from nsa_transformer.kernels.dispatch import interpreted
 from nsa_transformer.training.trainer import Trainer
 from tests.runs import ENTRY, QUIET, ROOT, SMALL, command, entry, environment, overrides, small_config, steady_rows, write_corpus
@@ -356,6 +358,7 @@ def test_generate(finished: Path) -> None:
     assert (status, err) == (0, "") and set(answer) == {"prompt_ids", "ids", "text"}
     assert len(answer["ids"]) <= 12 and answer["prompt_ids"]
     assert nsa("generate", run, *ask) == (0, f"abc de{answer['text']}\n", "")
+    assert nsa("generate", run, *ask, "--json", "--kv-cache", "fp8") == (status, out, err), "nothing here is old enough to be rounded"
     stop = answer["text"][2:4]
     stopped = json.loads(nsa("generate", run, *ask, "--json", "--stop", stop)[1])
     assert stopped["text"] == answer["text"][: answer["text"].find(stop)]
@@ -446,6 +449,24 @@ def test_tokenizer_round_trip(finished: Path, tmp_path: Path) -> None:
         assert (tmp_path / "out.txt").read_bytes() == content
 
 
+def test_chat(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line is a message; the end of the input ends it. A run whose tokenizer knows no turns is refused."""
+    is_one_message(nsa("chat", str(finished / "run"), "--device", "cpu"), r"the tokenizer has no <\|im_start\|>")
+    (newest,) = (finished / "run" / "checkpoints").glob("*06")
+    for name in ("config.yaml", "model.safetensors"):
+        shutil.copy(newest / name, tmp_path)
+    train_tokenizer(["user assistant line of a small text " * 50], 290, chat_tokens=True).save(tmp_path)
+    ask = ["chat", str(tmp_path), "--device", "cpu", "--max-new-tokens", "7", "--seed", "1", "--system", "line"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a small text\n\nline\n"))
+    status, out, err = nsa(*ask)
+    assert (status, err) == (0, "") and out.endswith("\n") and len(out) > 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a small text\n\nline"))
+    assert nsa(*ask) == (0, out, ""), "the same seed, the same answers"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("text " * 3000 + "\nline\n"))
+    status, out, err = nsa(*ask)
+    assert status == 0 and err.count("error:") == 1 and "max_position_embeddings=2048" in err and out.strip()
+
+
 def test_inspect_and_doctor(finished: Path) -> None:
     status, out, err = nsa("inspect", str(finished / "run"))
     assert (status, err) == (0, "") and "step 6 of 6" in out and out.count("verified") == 2
@@ -454,8 +475,8 @@ def test_inspect_and_doctor(finished: Path) -> None:
 
 
 def test_nsa_is_a_command(tmp_path: Path) -> None:
-    done = command("-m", "nsa_transformer.cli", "chat", "runs/x", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nsa chat is not built yet\n")
+    done = command("-m", "nsa_transformer.cli", "serve", "runs/x", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nsa serve is not built yet\n")
     assert 'nsa = "nsa_transformer.cli:main"' in (ROOT / "pyproject.toml").read_text()
 
 

@@ -40,7 +40,7 @@ class ChatTokens:
 class ChatTemplate:
     """Renders conversations for a tokenizer that has <|im_start|> and <|im_end|> as special tokens.
 
-    start_id, end_id: their ids; an answer that is generated ends at `end_id`.
+    start_id, end_id: their ids; an answer that is generated ends at `end_id`. closing: the ids behind the content of each message.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -55,6 +55,7 @@ class ChatTemplate:
         self.start_id, self.end_id = tokenizer.special_tokens[CHAT_START], tokenizer.special_tokens[CHAT_END]
         self._header = {role: tokenizer.encode(f"{role}\n") for role in ROLES}
         self._newline = tokenizer.encode("\n")
+        self.closing = [self.end_id, *self._newline]  # what follows the content of each message
 
     def encode(self, messages: Sequence[Message]) -> ChatTokens:
         """Token ids of a whole conversation, a list of {"role": …, "content": …}.
@@ -76,7 +77,7 @@ class ChatTemplate:
         assistant: list[bool] = []
         for message, content in zip(messages, contents, strict=True):
             header = self._header[message["role"]]
-            ids += [self.start_id, *header, *content, self.end_id, *self._newline]
+            ids += [self.start_id, *header, *content, *self.closing]
             written = [message["role"] == "assistant"] * (len(content) + 1)
             assistant += [False] * (1 + len(header)) + written + [False] * len(self._newline)
         return ChatTokens(ids, assistant)

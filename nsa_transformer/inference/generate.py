@@ -105,13 +105,7 @@ def generate_batch(
     """
     _check_prompts(prompts, max_new_tokens, model.config.max_position_embeddings)
     device = next(model.parameters()).device
-    generators = []
-    for number in range(len(prompts)):
-        generators.append(torch.Generator(device))
-        if sampling.seed is None:
-            generators[-1].seed()
-        else:
-            generators[-1].manual_seed((sampling.seed + number) % 2**63)
+    generators = seeded_generators(sampling.seed, len(prompts), device)
     if max_new_tokens == 0 or not prompts:
         return
     cache = model.new_cache(len(prompts), kv_cache)
@@ -140,6 +134,17 @@ def generate_batch(
         if not live or turn == max_new_tokens - 1:
             return
         logits = decoder(tokens)
+
+
+def seeded_generators(seed: int | None, count: int, device: torch.device) -> list[torch.Generator]:
+    """Generators with seeds `seed`, `seed + 1`, …; None: whatever the machine makes up."""
+    generators = [torch.Generator(device) for _ in range(count)]
+    for number, generator in enumerate(generators):
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed((seed + number) % 2**63)
+    return generators
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int) -> None:
@@ -183,29 +188,53 @@ def generate_text(
 ) -> Iterator[tuple[list[int], str]]:
     """Yield new ids with the text they complete, ending at end-of-document or before any of the `stop` texts.
 
-    Text that could be the beginning of a stop text, or of a character whose bytes are not all there, waits for what follows.
     The ids of a stop text are yielded, since a token may carry more than it; its text is not.
     """
-    if any(not text for text in stop):
-        raise ValueError("a stop text is empty; leave it out")
-    ids: list[int] = []
-    shown, pending = 0, []
+    stream, pending = TextStream(tokenizer, stop), []
     for token in generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.eod_id, tokenizer.vocab_size, kv_cache):
-        ids.append(token)
         pending.append(token)
-        text = tokenizer.decode_bytes(ids).decode(errors="replace")
-        found = [place for place in (text.find(s, max(0, shown - len(s))) for s in stop) if place >= 0]
-        if found:
-            yield pending, text[shown : min(found)]
+        piece = stream.add(token)
+        if piece or stream.stopped:
+            yield pending, piece
+            pending = []
+        if stream.stopped:
             return
+    piece = stream.rest()
+    if pending or piece:
+        yield pending, piece
+
+
+class TextStream:
+    """The text of ids that come one by one. What could be the beginning of a stop text, or of a character whose bytes are not all there, waits for what
+    follows; `stopped` once a stop text has come, of which nothing is given out."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if any(not text for text in stop):
+            raise ValueError("a stop text is empty; leave it out")
+        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def add(self, token: int) -> str:
+        """What is certain now and was not before."""
+        self._ids.append(token)
+        text = self.tokenizer.decode_bytes(self._ids).decode(errors="replace")
+        found = [place for place in (text.find(s, max(0, self._shown - len(s))) for s in self.stop) if place >= 0]
+        if found:
+            self.stopped = True
+            return self._show(text, min(found))
         safe = text.rstrip("\ufffd")
-        end = len(safe) - max((_overlap(safe, s) for s in stop), default=0)
-        if end > shown:
-            yield pending, text[shown:end]
-            shown, pending = end, []
-    text = tokenizer.decode_bytes(ids).decode(errors="replace")
-    if pending or shown < len(text):
-        yield pending, text[shown:]
+        return self._show(text, len(safe) - max((_overlap(safe, s) for s in self.stop), default=0))
+
+    def rest(self) -> str:
+        """What waited for more, once no more comes."""
+        text = self.tokenizer.decode_bytes(self._ids).decode(errors="replace")
+        return self._show(text, len(text))
+
+    def _show(self, text: str, end: int) -> str:
+        piece = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return piece
 
 
 def _overlap(text: str, stop: str) -> int:
