@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         valid: Tensor | None = None,
         cache: KVCache | None = None,
-        sequence: int = 0,
+        sequence: int | None = 0,
         loss_chunk_size: int = 2048,
         per_token: bool = False,
         last_only: bool = False,
@@ -117,7 +117,7 @@ class Transformer(nn.Module):
             tokens: int64 `[T]`, documents packed by cu_seqlens (int32 `[num_docs + 1]`; None: one document).
             targets: int64 `[T]`, -100 where there is no loss.
             valid: bool `[T]`, False for padding, which expert loads and router losses leave out.
-            cache: continue its sequence number `sequence`; keys and values so far are attended, the new ones appended.
+            cache: continue its sequence number `sequence`; keys and values so far are attended, the new ones appended. None is for `decode`.
             loss_chunk_size: tokens whose logits exist at once.
             per_token: return a loss per token, without gradient, instead of the differentiable sum.
             last_only: logits of the last token alone, `[1, vocab]`.
@@ -126,8 +126,13 @@ class Transformer(nn.Module):
             ValueError: an argument of a wrong shape, dtype or (on the CPU) value, or a sequence past `max_position_embeddings`.
         """
         self._check(tokens, cu_seqlens, targets, valid, cache, loss_chunk_size)
-        start = 0 if cache is None else cache.extend(sequence, len(tokens), tokens.device)
-        layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device, start)
+        start = 0
+        if cache is not None and sequence is None:
+            layout = PackLayout.step(cache.count_step(), self.rope)
+        else:
+            if cache is not None and sequence is not None:
+                start = cache.extend(sequence, len(tokens), tokens.device)
+            layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device, start)
         self._check_lengths(layout.cu_seqlens)
         self.ready(self.embedding)
         x = self.embedding(tokens)
@@ -139,9 +144,9 @@ class Transformer(nn.Module):
                 statistics.append(found)
         self.ready(self.norm)
         x = self.norm(x[-1:] if last_only else x)
-        if targets is None:
-            return self._logits(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
+        if targets is None:
+            return F.linear(x, weight).float() if torch.is_autocast_enabled(x.device.type) else F.linear(x, weight)
         loss = token_losses(x, weight, targets, loss_chunk_size) if per_token else summed_loss(x, weight, targets, loss_chunk_size)
         auxiliary = torch.stack([s.auxiliary for s in statistics]).sum() if statistics else x.new_zeros((), dtype=torch.float32)
         num_experts = self.config.moe.num_experts
@@ -162,19 +167,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def decode_reserved(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """`decode` after `cache.reserve_step`: the part that can be recorded and replayed as a CUDA graph."""
-        layout = PackLayout.step(cache.count_step(), self.rope)
-        self.ready(self.embedding)
-        x = self.embedding(tokens)
-        for index, block in enumerate(self.layers):
-            self.ready(block)
-            x, _ = block(x, layout, None, LayerView(cache.layers[index], None))
-        self.ready(self.norm)
-        return self._logits(self.norm(x))
-
-    def _logits(self, x: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(x, weight).float() if torch.is_autocast_enabled(x.device.type) else F.linear(x, weight)
+        """`decode` after `cache.reserve_step`: the part that can be recorded and replayed as a CUDA graph. A call of the module, since a sharded one is whole
+        in its own forward alone."""
+        return self(tokens, cache=cache, sequence=None)
 
     def new_cache(self, num_sequences: int = 1, settings: KVCacheConfig | None = None) -> KVCache:
         """An empty cache; `settings` as in `memory.kv_cache`, None: all in the compute dtype."""
