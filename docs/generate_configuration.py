@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the dataclasses of nsa_transformer/config.py and the sizes in configs/model/.
+"""Writes docs/configuration.md from the dataclasses of nsa_transformer/config/ and the sizes in configs/model/.
 
 python docs/generate_configuration.py            write it
 python docs/generate_configuration.py --check    exit status 1 when the file is not what would be written
@@ -25,7 +25,7 @@ MODELS = ("tiny", "base", "large", "nsa_27b")
 HEAD = """\
 # Configuration
 
-<!-- Written by docs/generate_configuration.py from nsa_transformer/config.py: change it there, then run `make docs`. -->
+<!-- Written by docs/generate_configuration.py from nsa_transformer/config/: change it there, then run `make docs`. -->
 
 Every key, its type, its default and what it does. Write any of them after the command:
 
