@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels.dispatch import check_backend_name, choose_backend
+from nsa_transformer.kernels.dispatch import check_backend_name, choose_backend, fp8_refuses
 from nsa_transformer.kernels.nsa import nsa_attention
 from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens, write_rows
 
@@ -47,6 +47,8 @@ def nsa_decode(
         out, blocks = _gathered(q, gates, cache, config, scale, backend)
     else:
         choose_backend(backend, q, cache.v_cmp, config)  # raises where the kernels do not take this
+        if cache.k_scale is not None and (refusal := fp8_refuses(q)) is not None:
+            raise ValueError(f"backend='triton' does not take this cache: {refusal}; write backend='auto' or 'reference'")
         from nsa_transformer.kernels.triton import decode as kernels
 
         with torch.cuda.device_of(q):
@@ -64,7 +66,10 @@ def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, bac
     Page 0 takes what is written for no sequence, so it must be nobody's. Fixed shapes and no wait for the device; `backend` as for `nsa_decode`.
     """
     check_backend_name(backend)
-    if choose_backend(backend, rows.k_slc, cache.v_cmp, config, "k_slc") == "reference":
+    refusal = None if cache.k_scale is None else fp8_refuses(rows.k_slc)
+    if backend == "triton" and refusal is not None:
+        raise ValueError(f"backend='triton' does not take this cache: {refusal}; write backend='auto' or 'reference'")
+    if refusal is not None or choose_backend(backend, rows.k_slc, cache.v_cmp, config, "k_slc") == "reference":
         write_rows(rows, cache, config)
         return
     from nsa_transformer.kernels.triton import decode_write as kernels

@@ -14,6 +14,7 @@ from nsa_transformer.config import NSAConfig
 
 NAMES = ("reference", "triton")
 CAPABILITY = (8, 0)  # compute capability that the Triton kernels are built for, and every later one
+FP8_CAPABILITY = (8, 9)  # for e4m3
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # and the dtypes,
 WIDTHS = (64, 128, 192, 256)  # and the head widths
 _TRITON = find_spec("triton") is not None
@@ -90,6 +91,13 @@ def kernels_refuse(q: Tensor, v: Tensor, config: NSAConfig, name: str = "q") -> 
             "are not powers of two with a compress_stride of at least 4 and a select_block of 8 to 128"
         )
     return None
+
+
+def fp8_refuses(x: Tensor) -> str | None:
+    """Why no Triton kernel reads or writes e4m3 on x's device, as a phrase; None if it does."""
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY:
+        return None
+    return f"it is on a GPU below compute capability {_version(FP8_CAPABILITY)}, for which Triton has no e4m3"
 
 
 def interpreted() -> bool:

@@ -22,7 +22,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 0))[index])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 0))[torch.device("cuda", index).index if isinstance(index, int) else index.index]
+    )
 
 
 @pytest.fixture
@@ -115,3 +117,9 @@ def test_facts_about_the_machine_are_constants_of_a_compiled_graph(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     compiled = torch.compile(lambda x: x + dispatch._capable(1) + (phrase() is None), fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)).item() == 2
+
+
+def test_e4m3_needs_a_newer_gpu_than_the_rest(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.fp8_refuses(tensor("cuda:0")) is None and dispatch.fp8_refuses(tensor("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert dispatch.fp8_refuses(tensor("cuda:0")) == "it is on a GPU below compute capability 8.9, for which Triton has no e4m3"
