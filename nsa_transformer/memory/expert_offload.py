@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from nsa_transformer.config import ConfigError, ExpertOffloadingConfig
 from nsa_transformer.kernels import dispatch
 from nsa_transformer.memory.copy_lane import CopyLane
-from nsa_transformer.memory.host_arena import GIB, HostArena
+from nsa_transformer.memory.host import GIB
+from nsa_transformer.memory.host_arena import HostArena
 from nsa_transformer.models.moe import MixtureOfExperts, Router
 
 STREAM_BYTES = 64 << 20  # of a buffer of streaming: over 1 ms of the link, beside which launches and the first bytes' latency are nothing

@@ -40,7 +40,7 @@ def stream_experts(model: Transformer, device: torch.device, pin_memory: bool) -
     parts = (part.data for part in flat.split([w.numel() for weights in like for w in weights]))
     stream = _Stream([(next(parts).view(w13.shape), next(parts).view(w2.shape)) for w13, w2 in like], device)
     if pin_memory and device.type == "cuda":
-        page_lock(flat, stream, "memory.expert_offloading.pin_memory")
+        page_lock(flat, stream, device, "memory.expert_offloading.pin_memory")
     around = [None, *blocks, None]
     for number, (mixture, (w13, w2)) in enumerate(zip(layers, like, strict=True)):
         mixture.w13, mixture.w2 = (nn.Parameter(torch.zeros(1, dtype=w.dtype, device=device).expand(w.shape)) for w in (w13, w2))

@@ -34,19 +34,25 @@ def host_zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype, count=count)
 
 
-def page_lock(flat: Tensor, owner: object, key: str) -> None:
-    """Page-lock a host tensor as it is, without the rounding up of torch's own page-locked memory, as long as `owner` lives.
+def page_lock(flat: Tensor, owner: object, device: torch.device, key: str) -> None:
+    """Page-lock a host tensor as it is, without the rounding up of torch's own page-locked memory, for `device` and as long as `owner` lives.
 
     Raises `ConfigError` naming `key` where the system refuses.
     """
-    status = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+    with torch.cuda.device(device):
+        status = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
     if status:
-        raise ConfigError(f"{flat.nbytes / GIB:.1f} GiB of host memory could not be page-locked (CUDA error {status}); write {key}=false, or free memory")
-    weakref.finalize(owner, _unlock, flat)
+        raise ConfigError(
+            f"{flat.nbytes / GIB:.1f} GiB of host memory cannot be page-locked (CUDA error {status}); "
+            f"give the machine or its container more memory, or write {key}=false"
+        )
+    weakref.finalize(owner, _unlock, flat, device)
 
 
-def _unlock(flat: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
+def _unlock(flat: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # what was launched may still read it
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
 
 
 def check_host_memory(wanted: int, what: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import mmap
 import multiprocessing
 import os
 import signal
@@ -309,18 +307,6 @@ def test_the_way_through_page_locked_buffers(monkeypatch: pytest.MonkeyPatch, ch
     monkeypatch.setattr(optimizer_offload, "link_to", host.CudaLink)
     found = trained(True, dtype=dtype)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refused(mmap.mmap):
-        def madvise(self, *_arguments: Any) -> None:
-            raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(mmap, "mmap", Refused)
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
-    zeros = host.host_zeros(5000)
-    assert zeros.shape == (5000,) and not zeros.any()
-    assert host.host_zeros(3, torch.bfloat16).fill_(1).sum() == 3
 
 
 def test_the_backward_waits_where_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
