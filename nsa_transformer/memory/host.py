@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import time
 import weakref
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from typing import Protocol
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from nsa_transformer.utils.hardware import memory_bytes
 # such parts of a large model cost little to start.
 CHUNK = 1 << 22
 ALIGN = 16  # elements: a cache line of float32
+RUN = 1 << 15  # elements whose norm one core takes
+IN_FLIGHT = 512 << 20  # bytes of gradients that may wait on the device to be added up; past that the backward waits
 GIB = 2**30
 
 
@@ -65,34 +67,68 @@ def check_host_memory(wanted: int, what: str) -> None:
 Tick = torch.cuda.Event | float
 
 
-class Link(Protocol):
-    """The way between host and device. Of the methods that move something, each is called by one thread at a time."""
+class Link(ABC):
+    """The way between host and device. `add` and `settle` are called by one thread at a time, and so are `begin`, `to_device` and `sent`."""
 
+    def __init__(self) -> None:
+        self._waits: list[tuple[Tick, Tick]] = []
+
+    @abstractmethod
+    def arena(self, count: int) -> Tensor:
+        """float32 [count], zeros, in host memory that this link reads and writes directly."""
+
+    @abstractmethod
     def now(self) -> torch.cuda.Event | None:
         """A mark behind all work that the calling thread has given to the device."""
 
+    @abstractmethod
     def tick(self) -> Tick:
         """The time when the device has done all work that the calling thread has given to it."""
 
+    @abstractmethod
     def between(self, start: Tick, end: Tick) -> float:
         """Seconds from one tick to another; the device must have passed both."""
 
-    def to_host(self, values: Tensor, ready: torch.cuda.Event | None) -> Iterator[Tensor]:
-        """The parts of a flat device tensor, `CHUNK` elements each, once the device has passed `ready`. A part counts until the next one is asked for."""
+    @abstractmethod
+    def add(self, grad: Tensor, total: Tensor, norms: Tensor, again: bool) -> None:
+        """A flat gradient on the device into its sum, of an arena: added to it with `again`, else put in its place. norms, float32 on the device, one for
+        each `CHUNK` elements: of the sum, afterwards."""
 
-    def to_device(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Of each pair, host values and a device tensor of as many elements: rounds the first to the second's dtype and copies it there. Each count
-        rounded up to `ALIGN`, they are `CHUNK` at most."""
+    @abstractmethod
+    def settle(self) -> None:
+        """Until every sum is in host memory."""
 
+    @abstractmethod
     def begin(self, ready: torch.cuda.Event | None) -> None:
         """What `to_device` copies from now on waits for `ready`."""
 
+    @abstractmethod
+    def to_device(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Of each pair, values in an arena and a tensor of as many elements, `CHUNK` at most: rounds the first to the second's dtype and brings it there. The
+        values stay as they are until the device has passed the next `sent`."""
+
+    @abstractmethod
     def sent(self) -> torch.cuda.Event | None:
         """A mark behind all copies of `to_device`."""
 
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """What is waited for inside counts for `waited`."""
+        begun = self.tick()
+        yield
+        self._waits.append((begun, self.tick()))
 
-class SameMemory:
+    def waited(self) -> float:
+        """Seconds that the device has stood still, since this was last asked; it must have passed all of that."""
+        waits, self._waits = self._waits, []
+        return sum(self.between(*wait) for wait in waits)
+
+
+class SameMemory(Link):
     """Host and device are the same."""
+
+    def arena(self, count: int) -> Tensor:
+        return host_zeros(count)
 
     def now(self) -> None:
         return None
@@ -104,34 +140,54 @@ class SameMemory:
         assert isinstance(start, float) and isinstance(end, float)
         return end - start
 
-    def to_host(self, values: Tensor, ready: torch.cuda.Event | None) -> Iterator[Tensor]:
+    def add(self, grad: Tensor, total: Tensor, norms: Tensor, again: bool) -> None:
+        for number, (part, into) in enumerate(zip(grad.split(CHUNK), total.split(CHUNK), strict=True)):
+            if again:
+                into += part
+            else:
+                into.copy_(part)
+            norms[number] = _norm(into)
+
+    def settle(self) -> None:
+        pass
+
+    def begin(self, ready: torch.cuda.Event | None) -> None:
         assert ready is None
-        return iter(values.split(CHUNK))
 
     def to_device(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         for source, target in pairs:
             target.copy_(source)
 
-    def begin(self, ready: torch.cuda.Event | None) -> None:
-        assert ready is None
-
     def sent(self) -> None:
         return None
 
 
-class CudaLink:
-    """A stream for each direction, each with a few page-locked buffers.
+class CudaLink(Link):
+    """Sums are added up on the GPU: one comes from host memory, `CHUNK` elements at a time, has the gradient added and its norm taken, and goes back, on
+    three streams beside the backward. The host has nothing to do with it, and the two directions of the link carry 4 bytes a parameter each.
 
-    Nothing else needs to be page-locked: every byte that crosses is rounded or added by the cores anyway, and a buffer of a chunk's size stays in
-    their caches between that and the copy.
+    Args:
+        device: the GPU.
+        room: elements of the largest tensor that crosses.
+        key: what to set to false where the system does not let so much memory be page-locked.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._going = [_Slot() for _ in range(3)]
-        self._coming = [_Slot() for _ in range(2)]
+    def __init__(self, device: torch.device, room: int, key: str) -> None:
+        super().__init__()
+        self._key = key
+        self._up, self._sum, self._down = (torch.cuda.Stream(device) for _ in range(3))
+        room = min(CHUNK, room)
+        self._rooms = [_Room(torch.empty(room, device=device)) for _ in range(4)]
+        self.device = self._rooms[0].values.device  # with its number
+        self._wide = torch.empty(room, device=device)  # what goes to the device, before it is rounded
         self._turn = 0
+        self._left: dict[int, torch.cuda.Event] = {}  # of each sum: the event behind its way back to the host
+        self._held: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # gradients, and the event behind their last reading
+
+    def arena(self, count: int) -> Tensor:
+        flat = host_zeros(count)
+        page_lock(flat, self, self.device, self._key)
+        return flat
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -147,43 +203,63 @@ class CudaLink:
         assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
         return start.elapsed_time(end) / 1e3
 
-    def to_host(self, values: Tensor, ready: torch.cuda.Event | None) -> Iterator[Tensor]:
-        assert ready is not None
-        self._down.wait_event(ready)
-        parts = values.split(CHUNK)
-        under_way: list[tuple[_Slot, Tensor]] = []
-        for number in range(len(parts) + 1):
-            if number < len(parts):  # the next copy starts before the last one is waited for
-                slot = self._coming[number % 2]
-                part = slot.view(parts[number])
-                with torch.cuda.stream(self._down):
-                    part.copy_(parts[number], non_blocking=True)
-                    slot.copied.record(self._down)
-                under_way.append((slot, part))
-            if number:
-                slot, part = under_way.pop(0)
-                slot.copied.synchronize()
-                yield part
+    def add(self, grad: Tensor, total: Tensor, norms: Tensor, again: bool) -> None:
+        self._sum.wait_event(self.now())
+        if again:
+            self._up.wait_event(self._left[total.data_ptr()])
+        for number, (part, into) in enumerate(zip(grad.split(CHUNK), total.split(CHUNK), strict=True)):
+            room = self._rooms[self._turn % len(self._rooms)]
+            self._turn += 1
+            values = room.values[: len(part)]
+            if again:
+                room.wait_until_left(self._up)
+                with torch.cuda.stream(self._up):
+                    values.copy_(into, non_blocking=True)
+                room.came.record(self._up)
+                self._sum.wait_event(room.came)
+            else:
+                room.wait_until_left(self._sum)
+            with torch.cuda.stream(self._sum):
+                if again:
+                    values += part
+                else:
+                    values.copy_(part)
+                torch.linalg.vector_norm(values, out=norms[number])
+            room.added.record(self._sum)
+            self._down.wait_event(room.added)
+            with torch.cuda.stream(self._down):
+                into.copy_(values, non_blocking=True)
+            room.left.record(self._down)
+        self._left.setdefault(total.data_ptr(), torch.cuda.Event()).record(self._down)
+        read = torch.cuda.Event()
+        read.record(self._sum)
+        self._held.append((grad, read))
+        # Memory that another stream reads is free for use once the stream that it belongs to has waited for that; the host need not.
+        if len(self._held) > 1 and sum(grad.nbytes for grad, _ in self._held) > IN_FLIGHT:
+            with self.standing_still():
+                while len(self._held) > 1 and sum(grad.nbytes for grad, _ in self._held) > IN_FLIGHT:
+                    torch.cuda.current_stream(self.device).wait_event(self._held.popleft()[1])
 
-    def to_device(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        slot = self._going[self._turn % len(self._going)]
-        self._turn += 1
-        slot.copied.synchronize()  # what it last held has left
-        start = 0
-        for source, target in pairs:
-            if target.device != self.device:  # what is streamed stays with the host
-                target.copy_(source)
-                continue
-            part = slot.view(target, start)
-            part.copy_(source)
-            with torch.cuda.stream(self._up):
-                target.copy_(part, non_blocking=True)
-            start += math.ceil(part.nbytes / (4 * ALIGN)) * 4 * ALIGN  # whatever the next dtype
-        slot.copied.record(self._up)
+    def settle(self) -> None:
+        last = torch.cuda.Event()
+        last.record(self._down)
+        last.synchronize()
+        self._held.clear()
 
     def begin(self, ready: torch.cuda.Event | None) -> None:
         assert ready is not None
         self._up.wait_event(ready)
+
+    def to_device(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for source, target in pairs:
+            if target.device != self.device:  # what is streamed stays with the host
+                target.copy_(source)
+            else:
+                with torch.cuda.stream(self._up):
+                    if target.dtype == source.dtype:
+                        target.copy_(source, non_blocking=True)
+                    else:
+                        target.copy_(self._wide[: len(source)].copy_(source, non_blocking=True))
 
     def sent(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -191,21 +267,34 @@ class CudaLink:
         return event
 
 
-class _Slot:
-    """Page-locked memory for a chunk of float32, and what was last copied from or to it."""
+class _Room:
+    """Device memory that a part of a sum passes through, and how far it has come."""
 
-    def __init__(self) -> None:
-        self._bytes = _page_locked(4 * CHUNK)
-        self.copied = torch.cuda.Event()
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.came, self.added, self.left = torch.cuda.Event(), torch.cuda.Event(), torch.cuda.Event()
+        self._used = False
 
-    def view(self, like: Tensor, start: int = 0) -> Tensor:
-        """Room for as many elements of that dtype as `like` has, from byte `start` on."""
-        return self._bytes[start : start + like.nbytes].view(like.dtype)
-
-
-def _page_locked(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+    def wait_until_left(self, stream: torch.cuda.Stream) -> None:
+        if self._used:
+            stream.wait_event(self.left)
+        self._used = True
 
 
-def link_to(device: torch.device) -> Link:
-    return CudaLink(device) if device.type == "cuda" else SameMemory()
+def norm_of_parts(norms: Tensor) -> Tensor:
+    """float32, from the norms of its parts."""
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms.double()).float()
+
+
+def _norm(x: Tensor) -> Tensor:
+    """On a CPU. torch takes the norm of one vector on one core, one number after the other, and is 0.5 % too low for 64 Mi of them; those of rows on all."""
+    whole = len(x) // RUN * RUN
+    if whole == 0:
+        return torch.linalg.vector_norm(x)
+    rows = torch.linalg.vector_norm(x[:whole].view(-1, RUN), dim=1)
+    return norm_of_parts(rows if whole == len(x) else torch.cat([rows, torch.linalg.vector_norm(x[whole:]).view(1)]))
+
+
+def link_to(device: torch.device, room: int, key: str) -> Link:
+    """As `CudaLink` takes them."""
+    return CudaLink(device, room, key) if device.type == "cuda" else SameMemory()

@@ -4,17 +4,17 @@
     matrices        bf16, what autocast would make of them    float32 master, two moments, sum of gradients: 16 bytes
     all others      float32                                   the same
 
-**Gradients** leave the GPU as each pass makes them and are added up in float32 by a thread of the host, so the GPU holds only those under way. **Clipping**
-takes the norm of the whole sums. **The update** goes from the first layer to the last: fused AdamW on a part of a parameter, rounding, copy to the
-GPU. The next forward waits for each layer when it comes to it (`Transformer.ready`), so the two overlap. Work for the host is a queue with one
-thread, hence its order: no lock is needed, and a failure in it is raised where its result is asked for. (ZeRO-Offload, arXiv 2101.06840, has the same
-division of labour; there the update of one step may overlap the next at the price of stale weights, here never.)
+**Gradients** are added up in float32 as each pass makes them: their sums pass through the GPU (`memory/host.py`), so it holds only those under way, and the
+host's cores stay with the pass. **Clipping** takes the norm of the whole sums. **The update** goes from the first layer to the last: fused AdamW on a part
+of a parameter, then its copy to the GPU, which rounds. The next forward waits for each layer when it comes to it (`Transformer.ready`), so the two
+overlap. The update is a queue with one thread, hence its order: no lock is needed, and a failure in it is raised where its result is asked for.
+(ZeRO-Offload, arXiv 2101.06840, divides the work alike; there the update of one step may overlap the next at the price of stale weights, here never.)
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from nsa_transformer.memory.expert_streaming import host_weights
-from nsa_transformer.memory.host import ALIGN, CHUNK, GIB, Tick, check_host_memory, host_zeros, link_to
+from nsa_transformer.memory.host import ALIGN, CHUNK, GIB, check_host_memory, host_zeros, link_to, norm_of_parts
 from nsa_transformer.models.transformer import Transformer
 
 HOST_BYTES = 16  # of a parameter: master, two moments, sum of gradients
-IN_FLIGHT = 512 << 20  # bytes of gradients that may wait on the device; past that the backward waits
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._streamed = host_weights(model)
         wanted = HOST_BYTES * sum(p.numel() for p in parameters) + sum(w.nbytes for w in self._streamed.values())
         check_host_memory(wanted, "memory.optimizer_offloading.enabled=true" if not self._streamed else "memory.expert_offloading.enabled=true")
-        self._link = link_to(device)
+        self._link = link_to(device, max(p.numel() for p in parameters), "memory.optimizer_offloading.enabled")
         self._worker = ThreadPoolExecutor(1, "optimizer", initializer=_begin_thread, initargs=(device, threads))
         self._index = {parameter: number for number, parameter in enumerate(parameters)}
         starts, total = [], 0
@@ -93,20 +92,19 @@ class OffloadedAdamW(torch.optim.Optimizer):
             starts.append(total)
             total += _aligned(parameter.numel())
 
-        def arena() -> list[Tensor]:
-            flat = host_zeros(total)
+        def parts(flat: Tensor) -> list[Tensor]:
             return [flat[start : start + p.numel()] for start, p in zip(starts, parameters, strict=True)]
 
-        self._masters, self._grads, self._first, self._second = arena(), arena(), arena(), arena()
+        self._masters, self._grads = parts(self._link.arena(total)), parts(self._link.arena(total))
+        self._first, self._second = parts(host_zeros(total)), parts(host_zeros(total))
         self._steps = torch.zeros(len(parameters))
-        self._scratch = torch.empty(min(CHUNK, total))
+        ends = list(itertools.accumulate(math.ceil(p.numel() / CHUNK) for p in parameters))
+        self._parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]  # of each parameter, in norms
+        self._norms = torch.zeros(ends[-1], device=device)  # of the sums of gradients, a part at a time
         self._stages = self._plan(model)
         self._updates: dict[nn.Module, Future[torch.cuda.Event | None]] = {}
-        self._pending: deque[tuple[int, Future[None]]] = deque()
         self._received: set[int] = set()  # parameters with a gradient in this step
-        self._norms: dict[int, Tensor] = {}  # of their sums
         self._factor = torch.ones(())
-        self._waits: list[tuple[Tick, Tick]] = []
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._receive) for parameter in parameters]
         model.ready = self.ready
 
@@ -184,43 +182,22 @@ class OffloadedAdamW(torch.optim.Optimizer):
         grad, parameter.grad = parameter.grad, None
         assert grad is not None and isinstance(parameter, nn.Parameter)
         number = self._index[parameter]
-        again = number in self._received
+        self._link.add(grad.detach().flatten(), self._grads[number], self._norms[self._parts[number]], number in self._received)
         self._received.add(number)
-        self._pending.append((grad.nbytes, self._worker.submit(self._add, number, grad.detach().flatten(), self._link.now(), again)))
-        while len(self._pending) > 1 and sum(size for size, _ in self._pending) > IN_FLIGHT:
-            self._pending.popleft()[1].result()
-
-    def _add(self, number: int, grad: Tensor, ready: torch.cuda.Event | None, again: bool) -> None:
-        """Of one pass, into the sum. The norm is taken while the sum is in the caches; that of the last pass stays."""
-        norms = []
-        for part, into in zip(self._link.to_host(grad, ready), self._grads[number].split(CHUNK), strict=True):
-            if not again:
-                into.copy_(part)
-            elif part.dtype == into.dtype:
-                into.add_(part)
-            else:  # a third of the time of adding across dtypes
-                into.add_(self._scratch[: len(part)].copy_(part))
-            norms.append(torch.linalg.vector_norm(into))
-        self._norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms).double()).float()
-
-    def _drain(self) -> None:
-        """Until all gradients so far are added."""
-        while self._pending:
-            self._pending.popleft()[1].result()
 
     def clip(self, max_norm: float) -> Tensor:
         """The global norm of the gradients, float32 on the CPU; `step` scales them down to `max_norm` as `torch.nn.utils.clip_grad_norm_` would."""
-        begun = self._link.tick()
-        self._drain()
-        self._waits.append((begun, self._link.tick()))
-        norms = [self._norms[number] for number in sorted(self._received)]
-        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        with self._link.standing_still():
+            self._link.settle()
+        norms = self._norms.cpu()
+        found = [norm_of_parts(norms[self._parts[number]]) for number in sorted(self._received)]
+        total = torch.linalg.vector_norm(torch.stack(found)) if found else torch.zeros(())
         self._factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         return total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this step, `step` or not."""
-        self._drain()
+        self._link.settle()
         self._received, self._factor = set(), torch.ones(())
 
     # ------------------------------------------------------------------------------------------------------------- update
@@ -229,7 +206,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Begin the update; it goes on while the next forward waits for each layer as it comes to it."""
         assert closure is None
-        self._drain()
+        self._link.settle()
         self.finish()
         received = frozenset(self._received)
         for parameter, number in self._index.items():
@@ -251,14 +228,13 @@ class OffloadedAdamW(torch.optim.Optimizer):
             pieces = [piece for piece in part.pieces if piece.parameter in received]
             if not pieces:
                 continue
-            grads = [piece.grad for piece in pieces]
-            if clipped:  # into the scratch, which stays in the caches
-                room = self._scratch.split([len(grad) for grad in grads] + [len(self._scratch) - sum(map(len, grads))])
-                grads = [torch.mul(grad, factor, out=into) for grad, into in zip(grads, room, strict=False)]
+            if clipped:  # the sums themselves, which are of no use after this. `grad_scale` would divide, which rounds otherwise than torch's clipping
+                for piece in pieces:
+                    piece.grad.mul_(factor)
             option = options[part.group]
             torch._fused_adamw_(
                 [piece.master for piece in pieces],
-                grads,
+                [piece.grad for piece in pieces],
                 [piece.moments[0] for piece in pieces],
                 [piece.moments[1] for piece in pieces],
                 [],
@@ -278,15 +254,13 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """Before a pass reads the weights of a part of the model: wait for what is still being done to them."""
         update = self._updates.pop(module, None)
         if update is not None:
-            begun = self._link.tick()
-            _wait_for(update.result(), self._device)
-            self._waits.append((begun, self._link.tick()))
+            with self._link.standing_still():
+                _wait_for(update.result(), self._device)
 
     def waited(self) -> float:
         """Seconds that the device has stood still for gradients to be added up and weights to be updated, since this was last asked; it must have
         passed all of that."""
-        waits, self._waits = self._waits, []
-        return sum(self._link.between(*wait) for wait in waits)
+        return self._link.waited()
 
     def finish(self) -> None:
         """Until no update is under way."""

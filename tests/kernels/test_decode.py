@@ -125,6 +125,15 @@ class TestTriton:
     def test_16_bit(self, dtype: torch.dtype) -> None:
         check([600, 33], dtype=dtype)
 
+    @pytest.mark.parametrize("compared", [4, 16, 64])
+    def test_blocks_are_compared_in_pieces(self, compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("nsa_transformer.kernels.triton.decode.COMPARED", compared)
+        check([1500, 1100, 513, 80, 1], hkv=1)
+
+    def test_splits_of_many_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("nsa_transformer.kernels.triton.decode.MOST_SPLITS", 2)
+        check([1500, 1100, 257, 80, 1], hkv=1)
+
     def test_two_runs_are_the_same_bits(self) -> None:
         parts = sequences([700, 30], SMALL, torch.float32, 2, 64, 64)
         q, gates = torch.randn(2, 4, 64, device=DEVICE), torch.rand(2, 4, 3, device=DEVICE)

@@ -11,7 +11,7 @@ import torch
 from nsa_transformer.config import ConfigError
 from nsa_transformer.distributed.parallelize import build_model
 from nsa_transformer.distributed.world import World
-from nsa_transformer.memory import expert_streaming
+from nsa_transformer.memory import expert_streaming, host, optimizer_offload
 from nsa_transformer.memory.expert_streaming import StreamedExperts, host_weights
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.transformer import mixtures
@@ -97,9 +97,9 @@ def test_parameters_have_shape_and_no_memory(work: Path, precision: str) -> None
     assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in plain.named_parameters()]
     streamed = host_weights(model)
     assert set(streamed) == {p for m in mixtures(model) for p in (m.w13, m.w2)} and len(streamed) == 8
-    for parameter, host in streamed.items():
+    for parameter, values in streamed.items():
         assert parameter.untyped_storage().nbytes() == parameter.element_size()
-        assert (host.numel(), host.dtype) == (parameter.numel(), torch.bfloat16 if precision == "bf16" else torch.float32)
+        assert (values.numel(), values.dtype) == (parameter.numel(), torch.bfloat16 if precision == "bf16" else torch.float32)
     assert not host_weights(plain)
 
 
@@ -173,7 +173,9 @@ def test_a_run_on_a_gpu_is_the_same(work: Path, settings: tuple[str, ...], pin: 
 
 
 @pytest.mark.gpu
-def test_bytes_measured_on_a_gpu(work: Path) -> None:
+def test_bytes_measured_on_a_gpu(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (host, optimizer_offload):  # parts of sums that pass through the GPU
+        monkeypatch.setattr(module, "CHUNK", 1 << 16)
     device = torch.device("cuda", torch.cuda.current_device())
     wide = ("model.hidden_size=256", "model.num_layers=9", "model.moe.num_experts=16", "model.moe.expert_size=256", "training.precision=bf16")
     config = small_config(work, *SETTINGS, ON, *wide)

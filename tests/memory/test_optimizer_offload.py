@@ -186,7 +186,7 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.memory.test_optimizer_offload"])
 
 
-@pytest.mark.parametrize(("what", "share"), [("_update", 0.5), ("_update", 0.9), ("_add", 0.3), ("_add", 0.7)])
+@pytest.mark.parametrize(("what", "share"), [("_update", 0.5), ("_update", 0.9), ("_receive", 0.3), ("_receive", 0.7)])
 def test_killed_in_an_offloaded_step(work: Path, monkeypatch: pytest.MonkeyPatch, what: str, share: float) -> None:
     """The newest checkpoint is whole, and the run that goes on from it is the one that was not killed."""
     calls, method = 0, getattr(OffloadedAdamW, what)
@@ -207,19 +207,19 @@ def test_killed_in_an_offloaded_step(work: Path, monkeypatch: pytest.MonkeyPatch
     assert run(work, "killed", ON, "training.resume=auto") == whole
 
 
-@pytest.mark.parametrize("what", ["_update", "_add"])
-def test_a_failure_of_the_thread_ends_the_run(work: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+@pytest.mark.parametrize("what", ["_update", "_receive"])
+def test_a_failure_ends_the_run(work: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     method, calls = getattr(OffloadedAdamW, what), 0
 
     def failing(self: OffloadedAdamW, *arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 12:
-            raise ZeroDivisionError("of the thread")
+            raise ZeroDivisionError("of the optimizer")
         return method(self, *arguments)
 
     monkeypatch.setattr(OffloadedAdamW, what, failing)
-    with pytest.raises(ZeroDivisionError, match="of the thread"):
+    with pytest.raises(ZeroDivisionError, match="of the optimizer"):
         Trainer(small_config(work, *SETTINGS, ON)).train()
     assert threads() == []
 
@@ -297,31 +297,35 @@ def test_parameters_are_updated_in_parts(monkeypatch: pytest.MonkeyPatch, chunk:
 
 @pytest.mark.parametrize("chunk", [64, 1 << 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_way_through_page_locked_buffers(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
+def test_the_way_through_the_device(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
     """With streams and events that have always happened: what is copied whereto, not when."""
     for module in (host, optimizer_offload):
         monkeypatch.setattr(module, "CHUNK", chunk)
     expected = trained(True, dtype=dtype)
     stand_in_for_cuda(monkeypatch)
-    monkeypatch.setattr(host, "_page_locked", lambda count: torch.full((count,), 255, dtype=torch.uint8))  # NaN, in either dtype
+    locked: list[int] = []
+    monkeypatch.setattr(host, "page_lock", lambda flat, owner, device, key: locked.append(len(flat)))
     monkeypatch.setattr(optimizer_offload, "link_to", host.CudaLink)
     found = trained(True, dtype=dtype)
+    assert len(locked) == 2 and locked[0] == locked[1]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_backward_waits_where_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(True)
-    monkeypatch.setattr(optimizer_offload, "IN_FLIGHT", 1)
-    under_way: list[int] = []
-    receive = OffloadedAdamW._receive
+    stand_in_for_cuda(monkeypatch)
+    monkeypatch.setattr(host, "page_lock", lambda *_: None)
+    monkeypatch.setattr(host, "IN_FLIGHT", 1)
+    held: list[int] = []
 
-    def watched(self: OffloadedAdamW, parameter: Tensor) -> None:
-        receive(self, parameter)
-        under_way.append(len(self._pending))
+    class Watched(host.CudaLink):
+        def add(self, *arguments: Any) -> None:
+            super().add(*arguments)
+            held.append(len(self._held))
 
-    monkeypatch.setattr(OffloadedAdamW, "_receive", watched)
+    monkeypatch.setattr(optimizer_offload, "link_to", Watched)
     found = trained(True)
-    assert set(under_way) == {1}
+    assert set(held) == {1}
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -441,8 +445,10 @@ def test_a_gpu_resumes_what_was_offloaded(work: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_bytes_measured_on_a_gpu(work: Path) -> None:
-    """Between steps the GPU holds what passes read, and nothing else of the optimizer."""
+def test_bytes_measured_on_a_gpu(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between steps the GPU holds what passes read, a few parts of sums, and nothing else of the optimizer."""
+    for module in (host, optimizer_offload):
+        monkeypatch.setattr(module, "CHUNK", 1 << 16)
     device = torch.device("cuda", torch.cuda.current_device())
     wide = ("model.hidden_size=256", "model.num_layers=4", "model.moe.num_experts=16", "model.moe.expert_size=256", "training.precision=bf16")
     config = small_config(work, ON, *wide)
@@ -480,13 +486,20 @@ def test_bytes_measured_on_a_gpu(work: Path) -> None:
 def test_what_crosses_the_link_arrives(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -> None:
     monkeypatch.setattr(host, "CHUNK", 1024)
     device = torch.device("cuda", torch.cuda.current_device())
-    link = host.link_to(device)
-    values = torch.randn(count, device=device).to(dtype)
-    parts = [part.clone() for part in link.to_host(values, link.now())]
-    assert torch.equal(torch.cat(parts), values.cpu())
+    link = host.link_to(device, 5000, "memory.optimizer_offloading.enabled")
+    total, expected = link.arena(count), torch.zeros(count)
+    norms = torch.zeros(-(-count // 1024), device=device)
+    for turn in range(4):  # the third begins anew
+        values = torch.randn(count, device=device).to(dtype)
+        expected = values.cpu().float() + (expected if turn % 2 else 0.0)
+        link.add(values, total, norms, bool(turn % 2))
+        del values
+        link.settle()
+        assert torch.equal(total, expected)
+        torch.testing.assert_close(norms.cpu(), torch.stack([part.norm() for part in expected.split(1024)]))
     targets = [torch.zeros(size, dtype=kind, device=device) for size, kind in ((6, dtype), (100, torch.float32), (7, dtype), (33, torch.bfloat16))]
     for _ in range(5):
-        sources = [torch.randn(len(target)) for target in targets]
+        sources = [link.arena(len(target)).copy_(torch.randn(len(target))) for target in targets]
         link.begin(link.now())
         link.to_device(zip(sources, targets, strict=True))
         event = link.sent()

@@ -1,5 +1,5 @@
-"""Decoding in Triton: one new token of each sequence against its cache, in two launches of fixed shape that wait for nothing. `decode_kernels.py` has the
-kernels."""
+"""Decoding in Triton: one new token of each sequence against its cache, in three launches of fixed shape that wait for nothing on the host.
+`decode_kernels.py` has the kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.paged import PagedKeysValues
 from nsa_transformer.kernels.triton.common import LOG2E, precision
-from nsa_transformer.kernels.triton.decode_kernels import decode_scan, decode_selected
+from nsa_transformer.kernels.triton.decode_kernels import decode_combine, decode_scan, decode_selected
 
-PROGRAMS = 264  # wanted at once: two a multiprocessor of an H100
+STAGES = 3
+MOST_SPLITS = 64
+COMPARED = 1024  # blocks whose importance is compared at once
 
 
 def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float) -> tuple[Tensor, Tensor]:
@@ -20,51 +22,69 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     sequences, heads, dk = q.shape
     kv_heads, dv, max_pages = cache.k_slc.shape[1], cache.v_slc.shape[3], cache.pages.shape[1]
     group, pairs = heads // kv_heads, sequences * kv_heads
-    window_tiles = cache.k_win.shape[2] // 64
-    splits = max(1, min(max_pages, 32, triton.cdiv(PROGRAMS, pairs)))
-    window_splits = max(1, min(window_tiles, splits))
-    selected_splits = max(1, min(config.num_selected, triton.cdiv(PROGRAMS, pairs)))
-    shape = {
+    blocks = 64 // (config.select_block // config.compress_stride)  # of a page
+    multiprocessors, pdl = _chip(q.device)
+    splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
+    near_splits = min(cache.k_win.shape[2] // 64, chosen_splits)
+    span = min(triton.next_power_of_2(max_pages), max(1, COMPARED // blocks))
+    # One piece of memory for what the kernels hand on, each part beginning at a multiple of 128 bytes.
+    counts = [pairs * group * max_pages * blocks, *[pairs * group * max_pages] * 2]
+    for count in (splits, near_splits, chosen_splits):
+        counts += [pairs * count * group * dv, *[pairs * count * group] * 2]
+    room = [-(-count // 32) * 32 for count in counts]
+    shares, spills, peaks, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
+    scan, near, part = parts[:3], parts[3:6], parts[6:]
+    chosen = torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
+    out = q.new_empty(sequences, heads, dv)
+    q, gates = q.contiguous(), gates.contiguous()
+    widths = {"DV": dv, "DVP": triton.next_power_of_2(dv)}
+    shape = widths | {
         "HKV": kv_heads,
         "G": group,
         "GP": max(16, triton.next_power_of_2(group)),
         "DK": dk,
         "DKP": triton.next_power_of_2(dk),
-        "DV": dv,
-        "DVP": triton.next_power_of_2(dv),
+        "BLOCK": config.compress_block,
         "STRIDE": config.compress_stride,
         "SELECT": config.select_block,
-        "N": config.num_selected,
         "PRECISION": precision(q.dtype),
-        "STAGES": 1 if q.dtype == torch.float32 else 3,
+        "STAGES": 1 if q.dtype == torch.float32 else STAGES,
     }
-    blocks_of_page = 64 // (config.select_block // config.compress_stride)
-
-    def floats(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=q.device)
-
-    def parts(count: int) -> tuple[Tensor, Tensor, Tensor]:
-        return floats(pairs, count, group, dv), floats(pairs, count, group), floats(pairs, count, group)
-
-    counters = torch.zeros(2, pairs, dtype=torch.int32, device=q.device)
-    base, chosen = floats(sequences, heads, dv), torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
-    q, gates = q.contiguous(), gates.contiguous()
-    decode_scan[(splits + window_splits, pairs)](
-        q, gates, cache.k_cmp, cache.v_cmp, cache.k_win, cache.v_win, cache.pages, cache.lengths,
-        floats(pairs, group, max_pages, blocks_of_page + 1), floats(pairs, group, max_pages),
-        floats(pairs, group), *parts(splits + window_splits), counters[0], base, chosen, scale * LOG2E, max_pages,
-        BLOCK=config.compress_block, NP=triton.next_power_of_2(config.num_selected), INITIAL=config.num_initial, LOCAL=config.num_local,
-        WINDOW=config.window, RING=cache.k_win.shape[2], SPLITS=splits, SPLITS_SPAN=triton.next_power_of_2(splits),
-        WINDOW_SPLITS=window_splits, WINDOW_SPAN=triton.next_power_of_2(window_splits), PAGES=triton.next_power_of_2(max_pages),
-        num_warps=4, **shape,
+    # The attribute itself is for compute capability 9.0 and later, and so is the instruction that waits.
+    launch = {"PDL": pdl, "launch_pdl": pdl}
+    scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
+    decode_scan[(splits, pairs)](
+        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages,
+        SPLITS=splits, EARLY=pairs * (splits + chosen_splits) <= 2 * multiprocessors, num_warps=4, **shape, **launch,
     )  # fmt: skip
-    quantized = cache.k_scale is not None
-    out = q.new_empty(sequences, heads, dv)
-    decode_selected[(selected_splits, pairs)](
-        q, gates, cache.k_slc, cache.v_slc, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths, base, chosen,
-        *parts(selected_splits), counters[1], out, scale * LOG2E, max_pages,
-        SPLITS=selected_splits, SPLITS_SPAN=triton.next_power_of_2(selected_splits), QUANTIZED=quantized, THRESHOLD=cache.threshold,
-        RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
-        TILE=max(16, config.select_block), num_warps=4, **shape,
+    decode_selected[(chosen_splits, pairs)](
+        q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
+        shares, spills, peaks, scan[1], scan[2], *near, *part, chosen, scale * LOG2E, max_pages,
+        N=config.num_selected, NP=triton.next_power_of_2(config.num_selected), INITIAL=config.num_initial, LOCAL=config.num_local,
+        WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits, SPLITS=chosen_splits, SPAN=span, ONCE=max_pages <= span,
+        QUANTIZED=cache.k_scale is not None, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
+        TILE=max(16, config.select_block), num_warps=4, **scan_span, **shape, **launch,
+    )  # fmt: skip
+    decode_combine[(pairs * group,)](
+        gates, *scan, *near, *part, out, G=group, NEAR_SPLITS=near_splits, NEAR_SPAN=triton.next_power_of_2(near_splits),
+        SPLITS=chosen_splits, SPLITS_SPAN=triton.next_power_of_2(chosen_splits), num_warps=1 if splits <= 16 else 4, **scan_span, **widths, **launch,
     )  # fmt: skip
     return out, chosen
+
+
+def _splits(pairs: int, max_pages: int, num_selected: int, multiprocessors: int) -> tuple[int, int]:
+    """Programs that share the pages of a pair, and its chosen blocks. One for each multiprocessor hides what a step has to wait for, and every further one
+    chooses blocks and adds parts once more; two, where each still has four pages, keep the memory busy."""
+    share = max(1, multiprocessors // pairs)
+    splits = 1 << (share.bit_length() - 1)
+    splits = 2 * splits if max_pages >= 8 * splits else splits
+    return min(splits, max_pages, MOST_SPLITS), min(share, num_selected)
+
+
+def _chip(device: torch.device) -> tuple[int, bool]:
+    """Multiprocessors, and whether a kernel may be launched while the one before it runs. The interpreter passes for one with few, so that splits are many
+    pages long."""
+    if triton.knobs.runtime.interpret:
+        return 8, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major >= 9

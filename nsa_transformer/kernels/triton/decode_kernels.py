@@ -1,17 +1,20 @@
 """The kernels of `decode.py`: one new token of each sequence against its cache, the work split over keys.
 
-Two launches. The first takes the compressed keys and the window, both in splits; whoever finishes last for a sequence and key/value head merges these two
-branches and chooses the blocks. The second takes the chosen blocks in splits, and its last adds them to the others. Sums go over the splits in their order,
-whoever is last.
+Three launches, none of which waits for a counter: `decode_scan` takes the compressed keys in splits; `decode_selected` the window in splits, then, each
+program for itself, chooses the blocks from what the scan left and takes its share of them; `decode_combine` adds up. From compute capability 9.0 on
+each is launched while the one before it still runs (PDL: programmatic dependent launch) and waits, once it has started, for what it reads: the window, which
+needs nothing of the scan, is read meanwhile. Sums go over the splits in their order.
 
 Shape letters: B sequences, HKV key/value heads, G query heads of each, GP the power of two from max(G, 16) on; DK, DV head widths, DKP, DVP powers of two
-from them on. A page is 64 compressed keys and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e.
+from them on. A page is 64 compressed keys and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e. A split's part is its attention
+not yet divided [G, DV], and the largest score and the sum [G].
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_transformer.kernels.triton.common import add_dot
 
@@ -61,105 +64,102 @@ def _store_part(acc, peak, total, part_out, part_peak, part_sum, part, G: tl.con
 
 
 @triton.jit
-def _arrived(counter, count):
-    """Whether this program is the last of `count`; then all that the others have stored is there. The counter is left at 0."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
-    if last:
-        tl.store(counter, 0)
-    tl.debug_barrier()
-    return last
-
-
-@triton.jit
-def _merge(
-    part_out, part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr
-):
-    """COUNT splits from `first` on (SPAN: the power of two from COUNT on): their attention [GP, DVP], 0 for a row that saw nothing, and log2 sum exp [GP],
-    +inf for such a row. All loads are independent of each other, so they are under way together."""
+def _log_sum(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
+    """log2 sum exp [GP] over COUNT splits from `first` on (SPAN: the power of two from COUNT on), +inf for a row that saw nothing."""
     head = tl.arange(0, GP)
-    column = tl.arange(0, DVP)
     split = tl.arange(0, SPAN)
     there = (split < COUNT)[:, None] & (head < G)[None, :]
     at = (first + split)[:, None] * G + head[None, :]
-    peaks = tl.load(part_peak + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(part_sum + at, mask=there, other=0.0, cache_modifier=".cg")
+    peaks = tl.load(part_peak + at, mask=there, other=float("-inf"))
+    sums = tl.load(part_sum + at, mask=there, other=0.0)
     shift = _safe(tl.max(peaks, 0))
     total = tl.sum(tl.exp2(peaks - shift[None, :]) * sums, 0)
-    inside = (head < G)[:, None] & (column < DV)[None, :]
-    acc = tl.zeros([GP, DVP], tl.float32)
-    for part in tl.static_range(COUNT):
-        row = (first + part) * G + head
-        weight = tl.exp2(tl.load(part_peak + row, mask=head < G, other=float("-inf"), cache_modifier=".cg") - shift)
-        acc += weight[:, None] * tl.load(part_out + row[:, None] * DV + column[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-    seen = total > 0
-    return tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0), tl.where(seen, shift + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
+    return tl.where(total > 0, shift + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
 
 
 @triton.jit
-def _gate(gates, pair, BRANCH: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
+def _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, SPAN: tl.constexpr, BLOCKS: tl.constexpr):
+    """How much probability falls on each block of SPAN pages from `first` on, summed over the heads: [SPAN, BLOCKS]. A block has what its page's keys give it
+    and, as the first of its page, what the last key of the page before spills into it; each relative to the largest score seen when it was computed."""
+    page = first + tl.arange(0, SPAN)
+    block = tl.arange(0, BLOCKS)
     head = tl.arange(0, GP)
-    return tl.load(gates + (pair * G + head) * 3 + BRANCH, mask=head < G, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _importance(lse, shares, peaks, pair, num_pages, max_pages, G: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr):
-    """How much probability falls on each block, summed over the heads: [SPAN]. A block has what its page's keys give it and, as the first of its page, what the
-    last key of the page before reaches into it; each relative to the largest score seen when it was computed."""
-    block = tl.arange(0, SPAN)
-    page = block // BLOCKS
-    here = block < num_pages * BLOCKS
-    first = (block % BLOCKS == 0) & (block > 0) & (block <= num_pages * BLOCKS)
-    total = tl.zeros([SPAN], tl.float32)
+    here = page < num_pages
+    behind = (page > 0) & (page <= num_pages)
+    total = tl.zeros([SPAN, BLOCKS], tl.float32)
+    spilled = tl.zeros([SPAN], tl.float32)
     for g in tl.static_range(G):
-        row = pair * G + g
-        log_sum = tl.load(lse + row, cache_modifier=".cg")
-        at = row * max_pages + page
+        shift = tl.max(tl.where(head == g, log_sum, float("-inf")), 0)
+        at = (pair * G + g) * max_pages + page
         # exp2(-inf - x) is 0, so what is not there counts nothing.
-        factor = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf"), cache_modifier=".cg") - log_sum)
-        before = tl.exp2(tl.load(peaks + at - 1, mask=first, other=float("-inf"), cache_modifier=".cg") - log_sum)
-        total += tl.load(shares + at * (BLOCKS + 1) + block % BLOCKS, mask=here, other=0.0, cache_modifier=".cg") * factor
-        total += tl.load(shares + at * (BLOCKS + 1) - 1, mask=first, other=0.0, cache_modifier=".cg") * before
-    return total
+        factor = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf")) - shift)
+        before = tl.exp2(tl.load(peaks + at - 1, mask=behind, other=float("-inf")) - shift)
+        total += tl.load(shares + at[:, None] * BLOCKS + block[None, :], mask=here[:, None], other=0.0) * factor[:, None]
+        spilled += tl.load(spills + at - 1, mask=behind, other=0.0) * before
+    return total + tl.where(block[None, :] == 0, spilled[:, None], 0.0)
 
 
 @triton.jit
 def _choose(
-    chosen, lse, shares, peaks, pair, num_pages, max_pages, t, G: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
-    SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    log_sum, shares, spills, peaks, pair, num_pages, max_pages, t, G: tl.constexpr, GP: tl.constexpr, SPAN: tl.constexpr, BLOCKS: tl.constexpr,
+    ONCE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """The N blocks of a query at position t, -1 where there are fewer: all, if they are few; else forced ones and the most important."""
+    """The N blocks of a query at position t, [NP], -1 where there are fewer: all, if they are few; else the most important, then the forced ones. ONCE: SPAN
+    pages are all that any sequence has."""
     slot = tl.arange(0, NP)
     mine = t // SELECT
     if mine < N:
-        tl.store(chosen + pair * N + slot, tl.where((slot <= mine) & (t >= 0), slot, -1), mask=slot < N)
+        found = tl.where((slot <= mine) & (t >= 0), slot, -1)
     else:
-        FORCED: tl.constexpr = INITIAL + LOCAL
-        found = tl.where(slot < INITIAL, slot, mine - LOCAL + 1 + slot - INITIAL)
-        if N > FORCED:
-            block = tl.arange(0, SPAN)
-            value = _importance(lse, shares, peaks, pair, num_pages, max_pages, G, BLOCKS, SPAN)
-            value = tl.where((block >= INITIAL) & (block <= mine - LOCAL), value, -1.0)
-            for turn in range(FORCED, N):
-                _, place = tl.max(value, axis=0, return_indices=True, return_indices_tie_break_left=True)
-                found = tl.where(slot == turn, place, found)
-                value = tl.where(block == place, -1.0, value)
-        tl.store(chosen + pair * N + slot, found, mask=slot < N)
+        FREE: tl.constexpr = N - INITIAL - LOCAL
+        found = slot - FREE + tl.where(slot < FREE + INITIAL, 0, mine - LOCAL + 1 - INITIAL)
+        if FREE > 0:
+            best = tl.full([NP], -1, tl.int64)
+            for first in range(0, mine // BLOCKS + 1, SPAN):
+                value = _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G, GP, SPAN, BLOCKS)
+                block = (first + tl.arange(0, SPAN))[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+                # Importance is not negative, so its bits rise with it; of equals the first block is the larger key.
+                key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+                key = tl.where((block >= INITIAL) & (block <= mine - LOCAL), key, -1)
+                key = _largest(key, FREE, NP, SPAN * BLOCKS)
+                # Of two falling rows, one turned round, the larger of each place are the largest of both.
+                best = key if ONCE else tl.sort(tl.maximum(best, tl.flip(key, 0)), descending=True)
+            found = tl.where(slot < FREE, 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32), found)
+    return tl.where(slot < N, found, -1)
+
+
+@triton.jit
+def _largest(key, COUNT: tl.constexpr, NP: tl.constexpr, SIZE: tl.constexpr):
+    """The COUNT largest of a two-dimensional tile of SIZE different keys, falling, then any or -1: [NP]. Few are sorted, many looked through COUNT times."""
+    if (SIZE > NP) & (SIZE <= 256):
+        return tl.topk(tl.reshape(key, [SIZE], can_reorder=True), NP)
+    else:
+        slot = tl.arange(0, NP)
+        found = tl.full([NP], -1, tl.int64)
+        for turn in range(COUNT):
+            top = tl.max(tl.max(key, 1), 0)
+            found = tl.where(slot == turn, top, found)
+            key = tl.where(key == top, -1, key)
+        return found
 
 
 @triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
 def decode_scan(
-    q, gates, k_cmp, v_cmp, k_win, v_win, pages, lengths, shares, peaks, lse, part_out, part_peak, part_sum, counters, base, chosen, scale, max_pages,
+    q, k_cmp, v_cmp, pages, lengths, shares, spills, peaks, part_out, part_peak, part_sum, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    WINDOW: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, SPLITS_SPAN: tl.constexpr, WINDOW_SPLITS: tl.constexpr, WINDOW_SPAN: tl.constexpr,
-    PAGES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS + WINDOW_SPLITS, B * HKV]. base [B, Hq, DV]: both branches, gated. chosen int32 [B, HKV, N]."""
+    """Grid [SPLITS, B * HKV]. Per head and page: peaks, the largest score seen so far; relative to it shares [BLOCKS] of the page's blocks, and what spills
+    into the next page's first. EARLY: the next kernel's programs have room beside these; where they have not, some multiprocessors would get more of them."""
     BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)  # selection blocks of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     sequence = pair // HKV
+    if PDL:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
     num_pages = (visible + ROWS - 1) // ROWS
@@ -169,107 +169,161 @@ def decode_scan(
     acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    one = tl.full([ROWS], 1.0, tl.float32)
-    if split < SPLITS:
-        # A key spreads its probability over SPREAD runs of STRIDE tokens, RUNS of which make a block; those past its block's end are the next block's.
-        RUNS: tl.constexpr = SELECT // STRIDE
-        SPREAD: tl.constexpr = BLOCK // STRIDE
-        block = tl.arange(0, 2 * BLOCKS if BLOCKS > 8 else 16)  # of a page, and at BLOCKS the first of the next
-        mine = tl.minimum(RUNS - row % RUNS, SPREAD)[:, None]
-        behind = block[None, :] - (row // RUNS)[:, None]
-        fold = tl.where(behind == 0, mine, tl.where(behind == 1, SPREAD - mine, 0)).to(queries.dtype)
-        count = (num_pages + SPLITS - 1) // SPLITS
-        for page in tl.range(split * count, tl.minimum((split + 1) * count, num_pages), num_stages=STAGES):
-            at = (tl.load(pages + sequence * max_pages + page).to(tl.int64) * HKV + pair % HKV) * ROWS + row
-            inside = page * ROWS + row < visible
-            s = tl.dot(queries, tl.trans(_tile(k_cmp, at, inside, DK, DKP)), input_precision=PRECISION) * scale
-            s = tl.where(inside[None, :], s, float("-inf"))
-            values = _tile(v_cmp, at, inside, DV, DVP)
-            new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: a page of the loop has a visible key
-            p = tl.exp2(s - new_peak[:, None])
-            fade = tl.exp2(peak - new_peak)
-            rounded = p.to(values.dtype)
-            acc = add_dot(rounded, values, acc * fade[:, None], PRECISION)
-            total = total * fade + tl.sum(p, 1)
-            peak = new_peak
-            share = tl.dot(rounded, fold, input_precision=PRECISION)
-            if PRECISION != "ieee":  # what rounding to 16 bits took away
-                share = tl.dot((p - rounded.to(tl.float32)).to(values.dtype), fold, share)
-            to = (pair * G + head) * max_pages + page
-            tl.store(peaks + to, peak, mask=head < G)
-            tl.store(shares + to[:, None] * (BLOCKS + 1) + block[None, :], share, mask=(head < G)[:, None] & (block <= BLOCKS)[None, :])
-    else:
-        TILES: tl.constexpr = RING // ROWS
-        SHARE: tl.constexpr = (TILES + WINDOW_SPLITS - 1) // WINDOW_SPLITS
-        first = (split - SPLITS) * SHARE
-        for tile in tl.range(first, tl.minimum(first + SHARE, TILES), num_stages=STAGES):
-            place = tile * ROWS + row
-            age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
-            inside = (age < WINDOW) & (age < length)
-            at = (sequence * HKV + pair % HKV) * RING + place
-            s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
-            s = tl.where(inside[None, :], s, float("-inf"))
-            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), one, PRECISION)
-    ALL: tl.constexpr = SPLITS + WINDOW_SPLITS
-    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * ALL + split, G, GP, DV, DVP)
-    if _arrived(counters + pair, ALL):
-        out, log_sum = _merge(part_out, part_peak, part_sum, pair * ALL, SPLITS, SPLITS_SPAN, G, GP, DV, DVP)
-        tl.store(lse + pair * G + head, log_sum, mask=head < G)
-        near, _ = _merge(part_out, part_peak, part_sum, pair * ALL + SPLITS, WINDOW_SPLITS, WINDOW_SPAN, G, GP, DV, DVP)
-        out = out * _gate(gates, pair, 0, G, GP)[:, None] + near * _gate(gates, pair, 2, G, GP)[:, None]
-        column = tl.arange(0, DVP)
-        tl.store(base + (pair * G + head)[:, None] * DV + column[None, :], out, mask=(head < G)[:, None] & (column < DV)[None, :])
-        tl.debug_barrier()
-        _choose(chosen, lse, shares, peaks, pair, num_pages, max_pages, length - 1, G, BLOCKS, PAGES * BLOCKS, SELECT, N, NP, INITIAL, LOCAL)
+    # A key spreads its probability over SPREAD runs of STRIDE tokens, RUNS of which make a block; those past its block's end are the next block's.
+    RUNS: tl.constexpr = SELECT // STRIDE
+    SPREAD: tl.constexpr = BLOCK // STRIDE
+    block = tl.arange(0, 2 * BLOCKS if BLOCKS > 8 else 16)  # of a page, and at BLOCKS the first of the next
+    mine = tl.minimum(RUNS - row % RUNS, SPREAD)[:, None]
+    behind = block[None, :] - (row // RUNS)[:, None]
+    fold = tl.where(behind == 0, mine, tl.where(behind == 1, SPREAD - mine, 0)).to(queries.dtype)
+    table = pages + sequence * max_pages
+    # The page of an iteration is loaded in the one before, and the first without the length, so that no tile waits for its address.
+    ahead = tl.load(table + split)
+    for page in tl.range(split, num_pages, SPLITS, num_stages=STAGES):
+        at = (ahead.to(tl.int64) * HKV + pair % HKV) * ROWS + row
+        ahead = tl.load(table + page + SPLITS, mask=page + SPLITS < num_pages, other=0)
+        inside = page * ROWS + row < visible
+        s = tl.dot(queries, tl.trans(_tile(k_cmp, at, inside, DK, DKP)), input_precision=PRECISION) * scale
+        s = tl.where(inside[None, :], s, float("-inf"))
+        values = _tile(v_cmp, at, inside, DV, DVP)
+        new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: a page of the loop has a visible key
+        p = tl.exp2(s - new_peak[:, None])
+        fade = tl.exp2(peak - new_peak)
+        rounded = p.to(values.dtype)
+        acc = add_dot(rounded, values, acc * fade[:, None], PRECISION)
+        total = total * fade + tl.sum(p, 1)
+        peak = new_peak
+        share = tl.dot(rounded, fold, input_precision=PRECISION)
+        if PRECISION != "ieee":  # what rounding to 16 bits took away
+            share = tl.dot((p - rounded.to(tl.float32)).to(values.dtype), fold, share)
+        to = (pair * G + head) * max_pages + page
+        tl.store(peaks + to, peak, mask=head < G)
+        tl.store(shares + to[:, None] * BLOCKS + block[None, :], share, mask=(head < G)[:, None] & (block < BLOCKS)[None, :])
+        tl.store(spills + to[:, None] + tl.zeros_like(block)[None, :], share, mask=(head < G)[:, None] & (block == BLOCKS)[None, :])
+    if PDL and not EARLY:
+        gdc_launch_dependents()
+    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
 @triton.jit(repr=lambda _: "decode_selected", do_not_specialize=["max_pages"])
 def decode_selected(
-    q, gates, k_slc, v_slc, k_scale, v_scale, k_recent, v_recent, pages, lengths, base, chosen, part_out, part_peak, part_sum, counters, out, scale, max_pages,
+    q, k_slc, v_slc, k_win, v_win, k_scale, v_scale, k_recent, v_recent, pages, lengths, shares, spills, peaks, scan_peak, scan_sum,
+    near_out, near_peak, near_sum, part_out, part_peak, part_sum, chosen, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, SPLITS_SPAN: tl.constexpr, QUANTIZED: tl.constexpr, THRESHOLD:
-    tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, NEAR_SPLITS: tl.constexpr, SPLITS: tl.constexpr,
+    SPAN: tl.constexpr, ONCE: tl.constexpr, QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. out [B, Hq, DV]: base and the gated attention to the chosen blocks. QUANTIZED: pages hold e4m3 with a scale for each row, and
-    the blocks that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens instead."""
+    """Grid [SPLITS, B * HKV]. chosen int32 [B, HKV, N]; near: the window's parts, NEAR_SPLITS of them. QUANTIZED: pages hold e4m3 with a scale for each row,
+    and the blocks that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens instead. SPAN: pages whose blocks are compared at once."""
+    BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)
     TOKENS: tl.constexpr = ROWS * STRIDE  # of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     sequence = pair // HKV
+    if PDL:
+        gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     queries = _queries(q, pair, G, GP, DK, DKP)
     acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
+    if split < NEAR_SPLITS:
+        tile_row = tl.arange(0, ROWS)
+        one = tl.full([ROWS], 1.0, tl.float32)
+        for tile in tl.range(split, RING // ROWS, NEAR_SPLITS, num_stages=STAGES):
+            place = tile * ROWS + tile_row
+            age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
+            inside = (age < WINDOW) & (age < length)
+            at = pair * RING + place
+            s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
+            s = tl.where(inside[None, :], s, float("-inf"))
+            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), one, PRECISION)
+        _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
+    if PDL:
+        gdc_wait()
+    visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
+    log_sum = _log_sum(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
+    found = _choose(
+        log_sum, shares, spills, peaks, pair, (visible + ROWS - 1) // ROWS, max_pages, length - 1, G, GP, SPAN, BLOCKS, ONCE, SELECT, N, NP, INITIAL, LOCAL
+    )
+    # Through memory, where every program of a pair writes the same: sorting leaves the blocks spread over threads in a way that Triton 3.6 reduces wrongly
+    # (it takes the first lanes of a warp to hold different elements).
+    slots = tl.arange(0, NP)
+    tl.store(chosen + pair * N + slots, found, mask=slots < N)
+    tl.debug_barrier()
+    found = tl.load(chosen + pair * N + slots, mask=slots < N, other=-1)
+    acc = tl.zeros([GP, DVP], tl.float32)
+    peak = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
     row = tl.arange(0, TILE)  # a tile has at least 16 rows, a block may have 8
+    places = tl.load(pages + sequence * max_pages + tl.maximum(found, 0) * SELECT // TOKENS, mask=found >= 0, other=0)
     for slot in tl.range(split, N, SPLITS, num_stages=STAGES):
-        block = tl.load(chosen + pair * N + slot)
-        token = block * SELECT + row
-        inside = (block >= 0) & (token < length) & (row < SELECT)
+        block = tl.max(tl.where(slots == slot, found, -1), 0)
+        inside = (block >= 0) & (block * SELECT + row < length) & (row < SELECT)
         first = tl.maximum(block, 0) * SELECT
-        page = tl.load(pages + sequence * max_pages + first // TOKENS, mask=block >= 0, other=0).to(tl.int64)
+        page = tl.max(tl.where(slots == slot, places, 0), 0).to(tl.int64)
         at = (page * HKV + pair % HKV) * TOKENS + first % TOKENS + row
         factor = tl.full([TILE], 1.0, tl.float32)
+        key_scale = tl.full([TILE], 1.0, tl.float32) * scale
         if QUANTIZED:
-            old = (block + 1) * SELECT <= length - THRESHOLD
-            keys = _tile(k_slc, at, inside & old, DK, DKP).to(queries.dtype)
-            values = _tile(v_slc, at, inside & old, DV, DVP).to(queries.dtype)
-            ring = (sequence * HKV + pair % HKV) * RECENT + first % RECENT + row
-            keys += _tile(k_recent, ring, inside & ~old, DK, DKP)
-            values += _tile(v_recent, ring, inside & ~old, DV, DVP)
-            factor = tl.load(v_scale + at, mask=inside & old, other=1.0)
-            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (tl.load(k_scale + at, mask=inside & old, other=1.0) * scale)[None, :]
+            if (block + 1) * SELECT <= length - THRESHOLD:
+                small_keys = _tile(k_slc, at, inside, DK, DKP)
+                small_values = _tile(v_slc, at, inside, DV, DVP)
+                factor = tl.load(v_scale + at, mask=inside, other=1.0)
+                key_scale = tl.load(k_scale + at, mask=inside, other=1.0) * scale
+                keys = small_keys.to(queries.dtype)
+                values = small_values.to(queries.dtype)
+            else:
+                ring = pair * RECENT + first % RECENT + row
+                keys = _tile(k_recent, ring, inside, DK, DKP)
+                values = _tile(v_recent, ring, inside, DV, DVP)
         else:
             keys = _tile(k_slc, at, inside, DK, DKP)
             values = _tile(v_slc, at, inside, DV, DVP)
-            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * key_scale[None, :]
         acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), values, factor, PRECISION)
     _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
-    if _arrived(counters + pair, SPLITS):
-        far, _ = _merge(part_out, part_peak, part_sum, pair * SPLITS, SPLITS, SPLITS_SPAN, G, GP, DV, DVP)
-        head = tl.arange(0, GP)
-        column = tl.arange(0, DVP)
-        to = (pair * G + head)[:, None] * DV + column[None, :]
-        inside = (head < G)[:, None] & (column < DV)[None, :]
-        near = tl.load(base + to, mask=inside, other=0.0)
-        tl.store(out + to, (near + far * _gate(gates, pair, 1, G, GP)[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_parts(part_out, part_peak, part_sum, first, g, COUNT: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
+    """Of COUNT splits from `first` on (SPAN: the power of two from COUNT on) the parts [SPAN, DVP] of head g, largest scores and sums [SPAN]."""
+    split = tl.arange(0, SPAN)
+    column = tl.arange(0, DVP)
+    row = (first + split) * G + g
+    peaks = tl.load(part_peak + row, mask=split < COUNT, other=float("-inf"))
+    sums = tl.load(part_sum + row, mask=split < COUNT, other=0.0)
+    return tl.load(part_out + row[:, None] * DV + column[None, :], mask=(split < COUNT)[:, None] & (column < DV)[None, :], other=0.0), peaks, sums
+
+
+@triton.jit
+def _merge(parts, peaks, sums):
+    """Attention [DVP], 0 where nothing was seen."""
+    weight = tl.exp2(peaks - _safe(tl.max(peaks, 0)))
+    total = tl.sum(weight * sums, 0)
+    return tl.sum(weight[:, None] * parts, 0) / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit(repr=lambda _: "decode_combine")
+def decode_combine(
+    gates, scan_out, scan_peak, scan_sum, near_out, near_peak, near_sum, part_out, part_peak, part_sum, out,
+    G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, NEAR_SPLITS: tl.constexpr,
+    NEAR_SPAN: tl.constexpr, SPLITS: tl.constexpr, SPLITS_SPAN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid [B * Hq]. out [B, Hq, DV]: the three branches, gated. All is loaded before any is merged, so that it is under way together."""
+    head = tl.program_id(0).to(tl.int64)
+    pair = head // G
+    g = head % G
+    gate_scan = tl.load(gates + head * 3).to(tl.float32)
+    gate_selected = tl.load(gates + head * 3 + 1).to(tl.float32)
+    gate_near = tl.load(gates + head * 3 + 2).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    scan, scan_peaks, scan_sums = _load_parts(scan_out, scan_peak, scan_sum, pair * SCAN_SPLITS, g, SCAN_SPLITS, SCAN_SPAN, G, DV, DVP)
+    near, near_peaks, near_sums = _load_parts(near_out, near_peak, near_sum, pair * NEAR_SPLITS, g, NEAR_SPLITS, NEAR_SPAN, G, DV, DVP)
+    selected, peaks, sums = _load_parts(part_out, part_peak, part_sum, pair * SPLITS, g, SPLITS, SPLITS_SPAN, G, DV, DVP)
+    result = _merge(scan, scan_peaks, scan_sums) * gate_scan + _merge(selected, peaks, sums) * gate_selected + _merge(near, near_peaks, near_sums) * gate_near
+    column = tl.arange(0, DVP)
+    tl.store(out + head * DV + column, result.to(out.dtype.element_ty), mask=column < DV)
