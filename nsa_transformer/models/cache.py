@@ -15,6 +15,7 @@ from torch import Tensor
 from nsa_transformer.config import KVCacheConfig, ModelConfig, NSAConfig
 from nsa_transformer.kernels.decode import append_rows
 from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
+from nsa_transformer.models.cache_size import SCALE, dense_capacity
 
 # φ of whole blocks: keys and values [N, l, Hkv, …], index of each block [N], to compressed and rotated [N, Hkv, …]
 Compress = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -189,7 +190,7 @@ class SparseLayerCache:
                 dtype = torch.float8_e4m3fn if quantized and kind == "slc" else x.dtype
                 self._pool(f"{name}_{kind}", (heads, size, width), dtype, x.device, count)
             if quantized:
-                self._pool(f"{name}_scale", (heads, owner.span), torch.float32, x.device, count)
+                self._pool(f"{name}_scale", (heads, owner.span), SCALE, x.device, count)
             for kind, size in rings.items():
                 if f"{name}_{kind}" not in self._stores:
                     self._stores[f"{name}_{kind}"] = x.new_zeros(held, heads, size, width)
@@ -320,8 +321,8 @@ class DenseLayerCache:
             self._make(self.k[:0, :, 0], self.v[:0, :, 0])
 
     def _make(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for the longest sequence, in powers of two."""
-        capacity = max(64, 1 << (max(self.owner.lengths) - 1).bit_length())
+        """Room for the longest sequence."""
+        capacity = dense_capacity(max(self.owner.lengths))
         if self.k is None or self.v is None or self.k.shape[2] < capacity:
             before = (self.k, self.v)
             grown = [x.new_zeros(len(self.owner.lengths), x.shape[1], capacity, x.shape[2]) for x in (k, v)]
