@@ -471,6 +471,19 @@ def test_tokenizer_round_trip(finished: Path, tmp_path: Path) -> None:
         assert (tmp_path / "out.txt").read_bytes() == content
 
 
+def test_a_cache_that_outgrows_the_memory_is_one_message(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_transformer.models.cache import SparseLayerCache
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 …")
+
+    monkeypatch.setattr(SparseLayerCache, "_pool", full)
+    for json_too in ([], ["--json"]):
+        answer = nsa("generate", str(finished / "run"), "--prompt", "abc", "--device", "cpu", *json_too)
+        is_one_message(answer, r"out of memory as the cache grew to \d+ tokens.*--kv-cache fp8.*Tried to allocate 2\.00 GiB\.\)$")
+        assert answer[1] == "" and answer[2].count("\n") == 1
+
+
 def test_chat(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line is a message; the end of the input ends it. A run whose tokenizer knows no turns is refused."""
     is_one_message(nsa("chat", str(finished / "run"), "--device", "cpu"), r"the tokenizer has no <\|im_start\|>")
