@@ -40,7 +40,8 @@ def empty_results() -> dict[str, Any]:
 def test_from_start_to_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PREFILL_CHUNK", 128)
     monkeypatch.setattr(bench, "CHECKED_STEPS", 20)
-    monkeypatch.setitem(bench.WAYS, "dense", {"torch's choice": bench.nullcontext})
+    for ways in (bench.WAYS, bench.STEP_WAYS):  # without cuDNN
+        monkeypatch.setitem(ways, "dense", {name: way for name, way in ways["dense"].items() if name != "cuDNN"})
     results, lines = empty_results(), []
     sizes = [Size(2, 1024), Size(1, 300), Size(1, 8192)]
     bench.run(config, list(bench.ROWS), sizes, 300, CPU, torch.float32, 8e9, results, lambda line: lines.append((line, bench.render(results))), checked=700)
@@ -50,7 +51,12 @@ def test_from_start_to_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> N
         if row["size"] == "1x8k":
             assert row["status"] == "error: longer than max_position_embeddings=4096"
             continue
-        assert row["status"] == "ok" and not row["problems"] and row["not_recorded"] == "the model is on cpu" and len(row["times"]) == 1
+        assert (
+            row["status"] == "ok"
+            and not row["problems"]
+            and row["not_recorded"] == "the model is on cpu"
+            and len(row["times"]) == (2 if row["row"] == "dense" else 1)
+        )
         attention, quantization = bench.ROWS[row["row"]]
         size = cache_size(replace(config.model, attention=attention), KVCacheConfig(quantization), torch.float32)
         batch, length = (2, 1024) if row["size"] == "2x1k" else (1, 300)
@@ -109,6 +115,16 @@ def test_what_does_not_fit_or_has_no_time(model: Transformer, config: Config, mo
     bench.run(config, ["sparse", "dense"], [Size(1, 1024)], 64, CPU, torch.float32, 8e9, results, lambda line: None, deadline=time.monotonic() - 1)
     assert {row["status"] for row in (*results["rows"], *results["prefill"])} == {"not started: out of time"} and len(results["rows"]) == 2
     assert "not started" in bench.render(results)
+
+
+def test_products_of_groups_are_the_models_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(*shape, generator=generator) for shape in ((3, 8, 16), (3, 2, 2048, 16), (3, 2, 2048, 24)))
+    t = torch.tensor([0, 2047, 700])
+    expected = bench.attention_layers._attend_newest(q, k, v, t, None)
+    torch.testing.assert_close(bench.products_of_groups(q, k, v, t, None), expected, rtol=1e-5, atol=1e-5)
+    with bench.STEP_WAYS["dense"]["products of groups"]():
+        assert bench.attention_layers._attend_newest is bench.products_of_groups
 
 
 def test_bytes_of_a_step() -> None:
