@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nsa_transformer.config import ConfigError, ExpertOffloadingConfig, KVCacheConfig
+from nsa_transformer.config import Config, ConfigError, ExpertOffloadingConfig, KVCacheConfig, build_config, unknown_key_message
 from nsa_transformer.utils.threads import limit_spinning
 
 if TYPE_CHECKING:  # importing torch takes seconds, which a mistake on the command line need not wait for
+    from omegaconf import DictConfig
+
     from nsa_transformer.data.tokenizer import Tokenizer
     from nsa_transformer.inference.generate import SamplingConfig
     from nsa_transformer.memory.expert_offload import ExpertStore
@@ -26,8 +29,8 @@ PLANNED = {
     "evaluate": "measure a run on benchmarks",
     "export": "write a run as one folder of weights, settings and tokenizer",
     "convert": "turn a Hugging Face model into a checkpoint",
-    "plan": "tell what a configuration needs in memory and time",
 }
+GROUPS = ("model", "training", "memory", "data", "logging")  # of Hydra, whose choices are files in configs/
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command in PLANNED:
             raise ConfigError(f"nsa {options.command} is not built yet")
+        if options.command == "plan":  # whose overrides may also come after its options, where argparse takes none
+            options.words += [word for word in rest if not word.startswith("-")]
+            rest = [word for word in rest if word.startswith("-")]
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return options.call(options)
@@ -98,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a run is and where it stands")
     inspect.add_argument("run", metavar="RUN", help="the folder of a run")
     inspect.set_defaults(call=_inspect)
+    plan = commands.add_parser("plan", help="what generating takes in memory: parameters, weights, cache, and whether they fit")
+    plan.add_argument("words", nargs="*", metavar="RUN | KEY=VALUE", help="a run, or overrides as for training, such as model=large")
+    plan.add_argument("--length", type=_tokens, metavar="TOKENS", help="of each sequence, such as 64k (the longest the model is built for)")
+    plan.add_argument("--batch", type=_count, default=1, metavar="N", help="sequences at once (1)")
+    plan.add_argument("--memory", type=_gib, metavar="GIB", help="that there is; by default that of the GPU here")
+    plan.add_argument("--kv-cache", choices=["none", "fp8"], help="quantization of the cache; by default the configuration's")
+    plan.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of weights and cache (bfloat16)")
+    plan.set_defaults(call=_plan)
     doctor = commands.add_parser("doctor", help="what this machine has, and which backends work")
     doctor.set_defaults(call=_doctor)
     for name, what in PLANNED.items():
@@ -118,6 +132,25 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache (bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--expert-offloading", action=argparse.BooleanOptionalAction, help="keep the experts in host memory; by default the run's own setting")
     parser.add_argument("--gpu-budget-gib", type=float, metavar="GIB", help="with offloading: GPU memory for experts; by default the run's own setting")
+
+
+def _tokens(text: str) -> int:
+    match = re.fullmatch(r"([1-9]\d*)(k?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write one such as 64k or 65536")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _gib(text: str) -> float:
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; write a number of GiB such as 80")
+    return float(text)
 
 
 def _sampling(options: argparse.Namespace) -> SamplingConfig:
@@ -149,12 +182,19 @@ def _load(options: argparse.Namespace) -> tuple[Transformer, Tokenizer, KVCacheC
     return model, tokenizer, kv_cache, store
 
 
+def _say_cache(model: Transformer, kv_cache: KVCacheConfig) -> None:
+    from nsa_transformer.models.cache_size import cache_size
+
+    print(f"cache: {cache_size(model.config, kv_cache, model.embedding.weight.dtype).describe()}", file=sys.stderr)
+
+
 def _chat(options: argparse.Namespace) -> int:
     from nsa_transformer.inference.chat import Chat
 
     sampling = _sampling(options)
     model, tokenizer, kv_cache, _ = _load(options)
     chat = Chat(model, tokenizer, sampling, options.max_new_tokens, options.system, kv_cache)
+    _say_cache(model, kv_cache)
     asked = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -196,6 +236,7 @@ def _generate(options: argparse.Namespace) -> int:
         moved = store.statistics()
         answer["expert_offloading"] = dataclasses.asdict(moved) | {"hit_rate": moved.hit_rate, "copied_bytes": moved.copied_bytes}
     print(json.dumps(answer) if options.json else "" if ids else options.prompt)
+    _say_cache(model, kv_cache)  # here, since a mistake is one message
     if store is not None and not options.json:
         rate = "–" if moved.hit_rate is None else f"{moved.hit_rate:.1%}"
         print(
@@ -275,6 +316,92 @@ def _inspect(options: argparse.Namespace) -> int:
 
     print(describe_run(Path(options.run)))
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from nsa_transformer.inference.load import saved_config
+    from nsa_transformer.inference.plan import GIB, describe_plan
+
+    runs = [word for word in options.words if "=" not in word]
+    if runs and len(options.words) > 1:
+        raise ConfigError(f"{' '.join(options.words)}: write one run, whose settings are saved, or overrides KEY=VALUE")
+    config = saved_config(runs[0]) if runs else compose_config(options.words)
+    if options.kv_cache is not None:
+        kv_cache = dataclasses.replace(config.memory.kv_cache, quantization=options.kv_cache)
+        config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, kv_cache=kv_cache))
+    limit = config.model.max_position_embeddings
+    length = limit if options.length is None else options.length
+    if length > limit:
+        raise ConfigError(f"--length {length} passes model.max_position_embeddings={limit}; write --length {limit} or less, or a model of more positions")
+    memory = None
+    if options.memory is not None:
+        memory = options.memory * GIB, "--memory"
+    elif torch.cuda.is_available():
+        memory = float(torch.cuda.get_device_properties(0).total_memory), torch.cuda.get_device_name(0)
+    print(describe_plan(config, getattr(torch, options.dtype), [length] * options.batch, memory))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- composing settings
+
+
+def configs_folder() -> str:
+    """`configs/` of the wheel, or of the checkout."""
+    package = Path(__file__).resolve().parent
+    return str(next(path for path in (package / "configs", package.parent / "configs") if (path / "config.yaml").exists()))
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The settings that `training/trainer.py` would take with these overrides, checked. Raises `ConfigError`."""
+    try:
+        import hydra
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+    except ImportError:
+        raise ConfigError("settings are composed by Hydra, which is not installed; pip install -r requirements.txt") from None
+
+    refuse_deletions(overrides)
+    try:
+        with hydra.initialize_config_dir(configs_folder(), version_base="1.3"):
+            return build_config(plain(hydra.compose("config", list(overrides))))
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's, of a group that is no text
+        raise ConfigError(explain_hydra(error)) from None
+
+
+def plain(composed: DictConfig) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    return values
+
+
+def refuse_deletions(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if override.startswith("~"):
+            raise ConfigError(f"{override} would delete a setting, and every one is needed; write {override[1:].split('=')[0]}=VALUE")
+
+
+def explain_hydra(error: Exception) -> str:
+    """A complaint of Hydra or OmegaConf as one message; of an unknown key or group, the ones that exist."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name} does not exist; write {' or '.join(f'{group}={option}' for option in error.options)}"
+    text = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} is not KEY=VALUE as Hydra reads it ({text.splitlines()[0]}); put quotes around a value with special characters: \"KEY='VALUE'\""
+        )
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if not isinstance(error, HydraException | OmegaConfBaseException) or (unknown and unknown.group(1) in GROUPS):
+        return f"a group ({', '.join(GROUPS)}) takes the name of one of its files in configs/, such as model=tiny; set its keys one by one"
+    return unknown_key_message(unknown.group(1)) if unknown else re.sub(r"\n\s*(full_key:|object_type=).*", "", text)
 
 
 def _doctor(_options: argparse.Namespace) -> int:

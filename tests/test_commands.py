@@ -355,16 +355,19 @@ def test_generate(finished: Path) -> None:
     run, ask = str(finished / "run"), ["--prompt", "abc de", "--max-new-tokens", "12", "--seed", "3", "--device", "cpu"]
     status, out, err = nsa("generate", run, *ask, "--json")
     answer = json.loads(out)
-    assert (status, err) == (0, "") and set(answer) == {"prompt_ids", "ids", "text"}
+    assert status == 0 and set(answer) == {"prompt_ids", "ids", "text"}
+    # Two layers of a key and value head of 16 in float32, one compressed row every 4 tokens.
+    assert err == "cache: 320 bytes a token (selected 256, compressed 64), and 18,432 a sequence (window 16,384, not yet compressed 2,048)\n"
     assert len(answer["ids"]) <= 12 and answer["prompt_ids"]
-    assert nsa("generate", run, *ask) == (0, f"abc de{answer['text']}\n", "")
-    assert nsa("generate", run, *ask, "--json", "--kv-cache", "fp8") == (status, out, err), "nothing here is old enough to be rounded"
+    assert nsa("generate", run, *ask) == (0, f"abc de{answer['text']}\n", err)
+    status, small, err = nsa("generate", run, *ask, "--json", "--kv-cache", "fp8")
+    assert (status, small) == (0, out) and "selected 64, scales 16" in err, "nothing here is old enough to be rounded"
     stop = answer["text"][2:4]
     stopped = json.loads(nsa("generate", run, *ask, "--json", "--stop", stop)[1])
     assert stopped["text"] == answer["text"][: answer["text"].find(stop)]
     # On a CPU the experts are in host memory as it is.
     status, out, err = nsa("generate", run, *ask, "--json", "--expert-offloading", "--gpu-budget-gib", "1")
-    assert (status, json.loads(out)) == (0, answer) and err.startswith("expert offloading: the model runs on the CPU") and err.count("\n") == 1
+    assert (status, json.loads(out)) == (0, answer) and err.startswith("expert offloading: the model runs on the CPU") and err.count("\n") == 2
 
 
 @pytest.mark.skipif(not interpreted(), reason="on the CPU the kernels are interpreted or not there")
@@ -376,12 +379,12 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
     ask = [str(finished / "run"), "--prompt", "abc de", "--max-new-tokens", "3", "--temperature", "0", "--device", "cpu"]
     status, out, err = nsa("generate", *ask, "--json")
     found = json.loads(out)["expert_offloading"]
-    assert status == 0 and err.startswith("expert offloading: 1 x 4 experts in") and err.count("\n") == 1
+    assert status == 0 and err.startswith("expert offloading: 1 x 4 experts in") and err.count("\n") == 2
     copies = found["misses"] + found["streamed"]
     assert copies >= 4 and found["copied_bytes"] == copies * found["expert_bytes"]
     assert found["hit_rate"] == found["hits"] / (found["hits"] + found["misses"])
     status, out, err = nsa("generate", *ask)
-    assert status == 0 and out.startswith("abc de") and err.count("\n") == 2 and "lookups found their expert; copied 0.0" in err
+    assert status == 0 and out.startswith("abc de") and err.count("\n") == 3 and "lookups found their expert; copied 0.0" in err
 
 
 @pytest.mark.parametrize(
@@ -400,6 +403,13 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
         (["generate", "{run}", "--prompt", "a", "--gpu-budget-gib", "2"], r"--gpu-budget-gib 2 needs offloading; add --expert-offloading"),
         (["generate", "{run}", "--prompt", "a", "--expert-offloading", "--gpu-budget-gib", "-2"], r"gpu_budget_gib=-2\.0 must be greater than 0"),
         (["inspect", "{folder}"], r"is no run"),
+        (["plan", "/nope"], r"/nope does not exist"),
+        (["plan", "modl=tiny"], r"unknown key modl; did you mean model"),
+        (["plan", "model=huge"], r"model=huge does not exist; write .*model=tiny"),
+        (["plan", "~model.nsa=1"], r"would delete a setting"),
+        (["plan", "{run}", "model=tiny"], r"write one run, whose settings are saved, or overrides"),
+        (["plan", "model=tiny", "--length", "4k"], r"--length 4096 passes model\.max_position_embeddings=2048; write --length 2048 or less"),
+        (["plan", "model.attention=dense", "--kv-cache", "fp8"], r"is for model\.attention=nsa, not dense"),
         (["tokenizer", "train", "{folder}/text", "--vocab-size", "9", "--output", "{tmp}/t"], r"--vocab-size 9 is too small"),
         (["tokenizer", "train", "/nope", "--vocab-size", "300", "--output", "{tmp}/t"], r"/nope does not exist"),
         (["tokenizer", "encode", "{run}", "/nope", "--output", "{tmp}/ids.npy"], r"/nope: No such file"),
@@ -417,7 +427,19 @@ def test_a_mistake_to_nsa_is_one_message(finished: Path, tmp_path: Path, argumen
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["bogus"], ["generate", "x"], ["generate", "x", "--prompt", "a", "--device", "tpu"], ["inspect", "x", "--foo"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["bogus"],
+        ["generate", "x"],
+        ["generate", "x", "--prompt", "a", "--device", "tpu"],
+        ["inspect", "x", "--foo"],
+        ["plan", "--batch", "0"],
+        ["plan", "--length", "8m"],
+        ["plan", "--memory", "0"],
+    ],
+)
 def test_a_mistake_that_argparse_finds(arguments: list[str]) -> None:
     status, out, err = nsa(*arguments)
     assert (status, out) == (2, "") and "error: " in err
@@ -449,6 +471,19 @@ def test_tokenizer_round_trip(finished: Path, tmp_path: Path) -> None:
         assert (tmp_path / "out.txt").read_bytes() == content
 
 
+def test_a_cache_that_outgrows_the_memory_is_one_message(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_transformer.models.cache import SparseLayerCache
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 …")
+
+    monkeypatch.setattr(SparseLayerCache, "_pool", full)
+    for json_too in ([], ["--json"]):
+        answer = nsa("generate", str(finished / "run"), "--prompt", "abc", "--device", "cpu", *json_too)
+        is_one_message(answer, r"out of memory as the cache grew to \d+ tokens.*--kv-cache fp8.*Tried to allocate 2\.00 GiB\.\)$")
+        assert answer[1] == "" and answer[2].count("\n") == 1
+
+
 def test_chat(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line is a message; the end of the input ends it. A run whose tokenizer knows no turns is refused."""
     is_one_message(nsa("chat", str(finished / "run"), "--device", "cpu"), r"the tokenizer has no <\|im_start\|>")
@@ -459,9 +494,9 @@ def test_chat(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ask = ["chat", str(tmp_path), "--device", "cpu", "--max-new-tokens", "7", "--seed", "1", "--system", "line"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("a small text\n\nline\n"))
     status, out, err = nsa(*ask)
-    assert (status, err) == (0, "") and out.endswith("\n") and len(out) > 2
+    assert status == 0 and err.startswith("cache: ") and err.count("\n") == 1 and out.endswith("\n") and len(out) > 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("a small text\n\nline"))
-    assert nsa(*ask) == (0, out, ""), "the same seed, the same answers"
+    assert nsa(*ask) == (0, out, err), "the same seed, the same answers"
     monkeypatch.setattr(sys, "stdin", io.StringIO("text " * 3000 + "\nline\n"))
     status, out, err = nsa(*ask)
     assert status == 0 and err.count("error:") == 1 and "max_position_embeddings=2048" in err and out.strip()
@@ -472,6 +507,29 @@ def test_inspect_and_doctor(finished: Path) -> None:
     assert (status, err) == (0, "") and "step 6 of 6" in out and out.count("verified") == 2
     status, out, err = nsa("doctor")
     assert (status, err) == (0, "") and "reference" in out
+
+
+def test_plan(finished: Path) -> None:
+    large = ["plan", "model=large", "--length", "32k", "--batch", "2"]
+    status, out, err = nsa(*large, "--memory", "80")
+    assert (status, err) == (0, "")
+    assert "1794.1 M parameters, 425.7 M active" in out and "weights  3.34 GiB in bfloat16\n" in out
+    assert "cache    17,408 bytes a token (selected 16,384, compressed 1,024)" in out
+    # 65 pages of 1,024 tokens, and two sequences' rings.
+    assert f"2 x 32,768 tokens: {(65 * 1024 * 17408 + 2 * 8912896) / 2**30:.2f} GiB at once" in out and "of --memory: fits\n" in out
+    verdicts = {nsa(*large, "--memory", memory)[1].splitlines()[4].rsplit(": ")[1] for memory in ("4", "5", "6")}
+    assert verdicts == {"does not fit", "fits if the cache is filled at once", "fits"}
+    assert "memory " not in nsa(*large)[1] or torch.cuda.is_available()
+    # FP8 by the configuration or by the option, and the experts' weights elsewhere.
+    fp8 = nsa(*large, "memory.kv_cache.quantization=fp8")[1]
+    assert "selected 8,192, scales 256" in fp8 and nsa(*large, "--kv-cache", "fp8")[1] == fp8
+    out = nsa(*large, "memory.expert_offloading.enabled=true", "memory.expert_offloading.gpu_budget_gib=1", "--memory", "3.4")[1]
+    assert "2.81 of them experts in host memory, with slots of 1.00 GiB" in out and out.rstrip().count(": fits") == 1
+    dense = nsa("plan", "model=large", "model.attention=dense", "--memory", "80")[1]
+    assert "keys and values 16,384" in dense and "at once\n" in dense and "to" not in dense.splitlines()[4].split("of")[0]
+    # What a run is planned to take is what generating with it says.
+    out = nsa("plan", str(finished / "run"), "--dtype", "float32")[1]
+    assert "320 bytes a token (selected 256, compressed 64)" in out and "1 x 2,048 tokens" in out
 
 
 def test_nsa_is_a_command(tmp_path: Path) -> None:

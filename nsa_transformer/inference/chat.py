@@ -10,6 +10,7 @@ from nsa_transformer.config import KVCacheConfig
 from nsa_transformer.data.chat import ChatTemplate
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.inference.decoder import Decoder
+from nsa_transformer.inference.faults import OutOfMemory, memory_explained
 from nsa_transformer.inference.generate import PREFILL_CHUNK, SamplingConfig, TextStream, next_token_probabilities, seeded_generators
 from nsa_transformer.models.transformer import Transformer
 
@@ -50,7 +51,8 @@ class Chat:
         """The answer to `text`, in pieces as they become certain.
 
         Raises `ValueError`, before anything is computed, where the conversation and an answer of `max_new_tokens` would pass the model's positions: it
-        is then as it was before.
+        is then as it was before. Raises `OutOfMemory`, a ValueError, where the memory does not suffice: what was heard of the answer stays, and where that
+        is nothing the conversation is as it was before.
         """
         new = self.template.prompt([*self._opening, {"role": "user", "content": text}])
         limit = self.model.config.max_position_embeddings
@@ -64,27 +66,40 @@ class Chat:
 
     @torch.no_grad()
     def _answer(self, new: list[int]) -> Iterator[str]:
+        before = self._opening, self.ids
         self._opening, self.ids = [], self.ids + new
+        asked = len(self.ids)
+        try:
+            with memory_explained(self.model, self._cache):
+                yield from self._decode()
+        except OutOfMemory:
+            self._cache = self.model.new_cache(1, self._cache.settings)  # the next answer computes all of the conversation anew
+            self._decoder = Decoder(self.model, self._cache)
+            if len(self.ids) == asked:
+                self._opening, self.ids = before
+            raise
+        finally:  # whoever stops listening has heard an answer that ends here
+            if self.ids is not before[1]:
+                self.ids += self.template.closing
+
+    def _decode(self) -> Iterator[str]:
         tokenizer, answer = self.template.tokenizer, TextStream(self.template.tokenizer)
         count = tokenizer.vocab_size  # a model may have more rows
-        try:
-            for chunk in torch.tensor(self.ids[self._cache.length :], device=self._device).split(PREFILL_CHUNK):
-                logits = self.model(chunk, cache=self._cache, last_only=True)
-            seen = torch.zeros(count, dtype=torch.bool, device=self._device)
-            seen[torch.tensor(self.ids, device=self._device)] = True
-            for turn in range(self.max_new_tokens):
-                p = next_token_probabilities(logits[-1, :count], self.sampling, seen)
-                token = torch.multinomial(p, 1, generator=self._generator)
-                number = int(token)
-                if number in (self.template.end_id, tokenizer.eod_id):
-                    break
-                self.ids.append(number)
-                seen[token] = True
-                if piece := answer.add(number):
-                    yield piece
-                if turn < self.max_new_tokens - 1:
-                    logits = self._decoder(token)
-            if piece := answer.rest():
+        for chunk in torch.tensor(self.ids[self._cache.length :], device=self._device).split(PREFILL_CHUNK):
+            logits = self.model(chunk, cache=self._cache, last_only=True)
+        seen = torch.zeros(count, dtype=torch.bool, device=self._device)
+        seen[torch.tensor(self.ids, device=self._device)] = True
+        for turn in range(self.max_new_tokens):
+            p = next_token_probabilities(logits[-1, :count], self.sampling, seen)
+            token = torch.multinomial(p, 1, generator=self._generator)
+            number = int(token)
+            if number in (self.template.end_id, tokenizer.eod_id):
+                break
+            self.ids.append(number)
+            seen[token] = True
+            if piece := answer.add(number):
                 yield piece
-        finally:  # whoever stops listening has heard an answer that ends here
-            self.ids += self.template.closing
+            if turn < self.max_new_tokens - 1:
+                logits = self._decoder(token)
+        if piece := answer.rest():
+            yield piece

@@ -12,6 +12,7 @@ from torch import Tensor
 from nsa_transformer.config import KVCacheConfig
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.inference.decoder import Decoder
+from nsa_transformer.inference.faults import memory_explained
 from nsa_transformer.models.cache import KVCache
 from nsa_transformer.models.transformer import Transformer
 
@@ -101,7 +102,8 @@ def generate_batch(
     does not depend on the others but for rounding. Only ids below `num_tokens` are drawn (None: all): a model may have more rows than its tokenizer has
     tokens. `kv_cache` as in `memory.kv_cache`.
 
-    Raises `ValueError` before the first token for an empty prompt, or where prompt and new tokens would pass the model's positions.
+    Raises `ValueError` before the first token for an empty prompt, or where prompt and new tokens would pass the model's positions; `OutOfMemory`, a
+    ValueError, where the memory does not suffice for the tokens so far and the next.
     """
     _check_prompts(prompts, max_new_tokens, model.config.max_position_embeddings)
     device = next(model.parameters()).device
@@ -109,6 +111,21 @@ def generate_batch(
     if max_new_tokens == 0 or not prompts:
         return
     cache = model.new_cache(len(prompts), kv_cache)
+    with memory_explained(model, cache):
+        yield from _decode_all(model, cache, prompts, max_new_tokens, sampling, eod_id, num_tokens, generators)
+
+
+def _decode_all(
+    model: Transformer,
+    cache: KVCache,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    eod_id: int | None,
+    num_tokens: int | None,
+    generators: Sequence[torch.Generator],
+) -> Iterator[tuple[int, int]]:
+    device = next(model.parameters()).device
     logits = _prefill(model, cache, prompts, device)
     seen = None
     if sampling.repetition_penalty != 1:

@@ -47,7 +47,8 @@ def load_checkpoint(
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def _on_meta(config: Config, dtype: torch.dtype | None) -> Transformer:
+def on_meta(config: Config, dtype: torch.dtype | None) -> Transformer:
+    """The model without memory, its weights in the dtypes that they are loaded in."""
     with torch.device("meta"):
         model = Transformer(config.model)
     if dtype is not None:
@@ -59,7 +60,7 @@ def _on_meta(config: Config, dtype: torch.dtype | None) -> Transformer:
 
 
 def _whole(folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None) -> Transformer:
-    model = _on_meta(config, dtype)
+    model = on_meta(config, dtype)
     model.to_empty(device=device)
     load_weights(folder, model)
     return model
@@ -67,7 +68,7 @@ def _whole(folder: Path, config: Config, device: torch.device, dtype: torch.dtyp
 
 def _offloaded(folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None, offloading: ExpertOffloadingConfig) -> Transformer:
     """The experts go from the file into the store, one at a time; neither memory ever holds them twice."""
-    model = _on_meta(config, dtype)
+    model = on_meta(config, dtype)
     for module in model.modules():
         if not isinstance(module, MixtureOfExperts):  # its own parameters are the experts
             module.to_empty(device=device, recurse=False)
@@ -89,15 +90,16 @@ def _device(device: str | torch.device) -> torch.device:
 
 def saved_kv_cache(path: str | Path) -> KVCacheConfig:
     """`memory.kv_cache` as the run was trained with it: the default of its generation. Raises `ConfigError` as `load_checkpoint`."""
-    return _saved_config(path).memory.kv_cache
+    return saved_config(path).memory.kv_cache
 
 
 def saved_expert_offloading(path: str | Path) -> ExpertOffloadingConfig:
     """`memory.expert_offloading` of a run in the same way."""
-    return _saved_config(path).memory.expert_offloading
+    return saved_config(path).memory.expert_offloading
 
 
-def _saved_config(path: str | Path) -> Config:
+def saved_config(path: str | Path) -> Config:
+    """All settings of a run, of one checkpoint or of an exported folder. Raises `ConfigError` as `load_checkpoint`."""
     folder = Path(path).expanduser()
     if not (folder / CONFIG).exists():
         folder = resolve_weights(str(path), "path")

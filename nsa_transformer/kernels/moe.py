@@ -41,9 +41,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
         raise ValueError(f"backend={backend!r} is not available here; write one of auto, {', '.join(EXPERT_BACKENDS)}")
     _check(x, indices, weights, w13, w2)
     if backend == "auto":
-        # float32 products run on the ordinary cores, where cuBLAS is faster than our tiles.
-        fast = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and _kernels_refuse(x, w2) is None
-        backend = "triton" if fast else "torch"
+        backend = _auto(x, w2)
     if backend == "triton":
         refusal = _kernels_refuse(x, w2)
         if refusal is not None:
@@ -54,6 +52,17 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     if backend == "reference":
         return _reference(x, indices, weights, w13, w2)
     return _grouped(x, indices, weights, w13, w2)[0]
+
+
+def _auto(x: Tensor, w2: Tensor) -> str:
+    # float32 products run on the ordinary cores, where cuBLAS is faster than our tiles.
+    fast = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and _kernels_refuse(x, w2) is None
+    return "triton" if fast else "torch"
+
+
+def wait_for_device(x: Tensor, w2: Tensor) -> bool:
+    """Whether `experts` with `backend="auto"` may read on the host what the device computes, so that no CUDA graph can be made of it; x of any length."""
+    return _auto(x, w2) != "triton"
 
 
 def _reference(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from nsa_transformer.config import KVCacheConfig, ModelConfig, NSAConfig
 from nsa_transformer.kernels.decode import append_rows
 from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
+from nsa_transformer.models.cache_size import SCALE, dense_capacity
 
 # φ of whole blocks: keys and values [N, l, Hkv, …], index of each block [N], to compressed and rotated [N, Hkv, …]
 Compress = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -44,6 +45,8 @@ class KVCache:
         self._unused: list[int] = []
         self.device_lengths: Tensor | None = None
         self.table: Tensor | None = None
+        self.moves = 0  # how often some tensor of the cache was replaced by a larger one
+        self._room = (0, 0)  # pages and longest sequence that all layers have room for
         self.layers = [SparseLayerCache(self) if config.attention == "nsa" else DenseLayerCache(self) for _ in range(config.num_layers)]
 
     @property
@@ -76,8 +79,11 @@ class KVCache:
         for sequence, length in enumerate(self.lengths):
             if length:
                 self._grow(sequence, length + 1, on_device=False)
-        for layer in self.layers:
-            layer.make_room()
+        room = (self.num_pages, dense_capacity(max(self.lengths)))
+        if room != self._room:
+            for layer in self.layers:
+                layer.make_room()
+            self._room = room
 
     def count_step(self) -> Tensor:
         """The lengths, int32 [B] on the device, with the new tokens."""
@@ -85,10 +91,10 @@ class KVCache:
         self.device_lengths += self.device_lengths > 0
         return self.device_lengths
 
-    def step_shape(self) -> tuple[object, ...]:
-        """What a recorded step depends on, after `reserve_step`: one that was recorded under equal values can be replayed."""
-        stores = tuple(x.data_ptr() for layer in self.layers for x in layer.stores)
-        return self.compression_due(), self.table is not None and self.table.data_ptr(), stores
+    def step_kind(self) -> tuple[bool, int]:
+        """What a recorded step depends on, after `reserve_step`: whether it compresses, and `moves`. One that was recorded under equal values can be
+        replayed."""
+        return self.compression_due(), self.moves
 
     def fork(self, source: int, target: int) -> None:
         """Let `target`, which must be empty, go on from where `source` is: a prefix is computed once. Whole pages are shared, the rest is copied."""
@@ -133,6 +139,7 @@ class KVCache:
         if self.device_lengths is None:
             self.device_lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)
             self.table = torch.zeros(len(self.lengths), 1, dtype=torch.int32, device=device)
+            self.moves += 1
 
     def _grow(self, sequence: int, length: int, on_device: bool = True) -> None:
         assert self.device_lengths is not None and self.table is not None
@@ -149,6 +156,7 @@ class KVCache:
                 wider = torch.zeros(len(self.lengths), 1 << (len(pages) - 1).bit_length(), dtype=torch.int32, device=self.table.device)
                 wider[:, : self.table.shape[1]] = self.table
                 self.table = wider
+                self.moves += 1
             self.table[sequence, first : len(pages)] = torch.tensor(pages[first:], dtype=torch.int32).to(self.table.device)
         self.lengths[sequence] = length
         if on_device:
@@ -189,10 +197,11 @@ class SparseLayerCache:
                 dtype = torch.float8_e4m3fn if quantized and kind == "slc" else x.dtype
                 self._pool(f"{name}_{kind}", (heads, size, width), dtype, x.device, count)
             if quantized:
-                self._pool(f"{name}_scale", (heads, owner.span), torch.float32, x.device, count)
+                self._pool(f"{name}_scale", (heads, owner.span), SCALE, x.device, count)
             for kind, size in rings.items():
                 if f"{name}_{kind}" not in self._stores:
                     self._stores[f"{name}_{kind}"] = x.new_zeros(held, heads, size, width)
+                    owner.moves += 1
 
     def _pool(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, count: int) -> None:
         """At least `count` pages, doubling, so that n tokens copy O(n) of them."""
@@ -204,6 +213,7 @@ class SparseLayerCache:
             if before is not None:
                 grown[: len(before)] = before
             self._stores[name] = grown
+            self.owner.moves += 1
 
     def extend(self, sequence: int, start: int, new: NewRows, compress: Compress) -> dict[str, Tensor]:
         """Append rows [T, Hkv, …] of one sequence, and return all its keys and values as `nsa_attention` takes them; rows of the window that no query of
@@ -320,8 +330,8 @@ class DenseLayerCache:
             self._make(self.k[:0, :, 0], self.v[:0, :, 0])
 
     def _make(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for the longest sequence, in powers of two."""
-        capacity = max(64, 1 << (max(self.owner.lengths) - 1).bit_length())
+        """Room for the longest sequence."""
+        capacity = dense_capacity(max(self.owner.lengths))
         if self.k is None or self.v is None or self.k.shape[2] < capacity:
             before = (self.k, self.v)
             grown = [x.new_zeros(len(self.owner.lengths), x.shape[1], capacity, x.shape[2]) for x in (k, v)]
@@ -329,6 +339,7 @@ class DenseLayerCache:
                 if old is not None:
                     new[:, :, : old.shape[2]] = old
             self.k, self.v = grown
+            self.owner.moves += 1
         return self.k, self.v
 
     def extend(self, sequence: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

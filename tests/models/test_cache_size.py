@@ -1,0 +1,68 @@
+"""What a cache is said to take is what it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_transformer import ModelConfig, NSAConfig
+from nsa_transformer.config import KVCacheConfig
+from nsa_transformer.models.cache_size import cache_size
+
+from .small import random_tokens, small_model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[250], [128], [129], [1, 250, 64]], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({}, None),
+        ({"head_dim_v": 6, "num_kv_heads": 1}, None),
+        ({}, KVCacheConfig("fp8", 16)),
+        ({"head_dim_v": 6}, KVCacheConfig("fp8", 0)),
+        ({"nsa": {"compress_block": 9, "compress_stride": 3, "select_block": 12, "window": 65}}, KVCacheConfig("fp8", 23)),
+        ({"attention": "dense"}, None),
+        ({"attention": "window", "num_layers": 3}, None),
+    ],
+    ids=str,
+)
+def test_is_what_a_cache_allocates(changes: dict[str, Any], settings: KVCacheConfig | None, lengths: list[int], dtype: torch.dtype) -> None:
+    model = small_model(**changes).to(dtype)
+    cache = model.new_cache(len(lengths), settings)
+    for sequence, length in enumerate(lengths):  # all room at once: nothing doubles
+        cache.extend(sequence, length, torch.device("cpu"))
+        cache.lengths[sequence] = 0
+    for sequence, length in enumerate(lengths):
+        model(random_tokens(length), cache=cache, sequence=sequence)
+    if model.config.attention != "nsa":  # the longest decides, whenever it comes
+        assert cache.lengths == lengths
+    size = cache_size(model.config, settings, dtype)
+    assert cache.nbytes == size.total(lengths)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [None, KVCacheConfig("fp8", 16)], ids=str)
+def test_what_grows_token_by_token_has_less_than_twice_the_pages(settings: KVCacheConfig | None) -> None:
+    model = small_model(max_position_embeddings=2000)
+    cache, size = model.new_cache(1, settings), cache_size(model.config, settings, torch.float32)
+    tokens = random_tokens(1500)
+    for start in range(0, 1500, 50):
+        model(tokens[start : start + 50], cache=cache)
+        least = size.total([start + 50])
+        assert least <= cache.nbytes <= 2 * least
+
+
+def test_by_hand() -> None:
+    """The paper's geometry: heads of 128 in 16 bits have 512 bytes selected and 32 compressed a token, in FP8 256 with two scales."""
+    model = ModelConfig(num_layers=1, num_kv_heads=1, num_heads=1, head_dim=128, nsa=NSAConfig())
+    plain, small = cache_size(model), cache_size(model, KVCacheConfig("fp8", 512))
+    assert plain.per_token == 512 + 32 and small.per_token == 256 + 8 + 32
+    assert plain.per_sequence == (512 + 32) * 512 and small.per_sequence == (512 + 32 + 576) * 512
+    assert plain.describe() == "544 bytes a token (selected 512, compressed 32), and 278,528 a sequence (window 262,144, not yet compressed 16,384)"
+    assert "selected 256, scales 8, compressed 32" in small.describe() and "not yet in FP8 294,912" in small.describe()
+    dense = cache_size(ModelConfig(num_layers=3, num_kv_heads=2, num_heads=2, head_dim=128, head_dim_v=64, attention="dense"), dtype=torch.float32)
+    assert dense.describe() == "4,608 bytes a token (keys and values 4,608)" and dense.total([65, 3]) == 2 * 128 * 4608
