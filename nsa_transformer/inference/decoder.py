@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from nsa_transformer.kernels.dispatch import choose_backend, fp8_refuses
+from nsa_transformer.kernels.decode import decoding_backend
 from nsa_transformer.kernels.moe import experts, wait_for_device
 from nsa_transformer.memory.expert_offload import LayerExperts
 from nsa_transformer.models.attention import NativeSparseAttention
@@ -86,9 +86,9 @@ def _attention_waits(layer: torch.nn.Module, cache: KVCache, weight: Tensor) -> 
     if os.environ.get("NSA_CHECK") == "1":
         return "NSA_CHECK=1 reads boundaries on the host"
     q, v = weight.new_empty(0, layer.num_heads, layer.head_dim), weight.new_empty(0, layer.num_kv_heads, layer.head_dim_v)
-    if choose_backend(layer.backend, q, v, layer.config) != "triton":
+    if decoding_backend(layer.backend, q, v, layer.config, cache.quantized) != "triton":
         return "plain PyTorch computes the attention, and gathers each sequence by its length"
-    return fp8_refuses(q) if cache.quantized else None
+    return None
 
 
 def _experts_wait(mlp: torch.nn.Module, weight: Tensor) -> str | None:

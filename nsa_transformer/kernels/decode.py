@@ -29,9 +29,8 @@ def nsa_decode(
         cache: see `PagedKeysValues`; k_cmp, v_cmp, k_win, v_win in q's dtype.
         config: the geometry.
         scale: of the scores; None: `Dk ** -0.5`.
-        backend: `triton`: two launches of fixed shape. `reference`, and so far `auto`: gathers each sequence, reading the lengths on the host, and calls
-        `nsa_attention` with
-            this backend; the kernels take over from `auto` once they have passed every test on a GPU.
+        backend: `triton`: three launches of fixed shape, none waiting for the host. `reference`: gathers each sequence, reading the lengths on the host, and
+            calls `nsa_attention`. `auto`: as `decoding_backend` says.
         return_blocks: also return the attended blocks.
 
     Returns:
@@ -43,12 +42,9 @@ def nsa_decode(
     check_backend_name(backend)
     _check(q, gates, cache, config)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend != "triton":
+    if decoding_backend(backend, q, cache.v_cmp[:0, 0], config, cache.k_scale is not None) == "reference":
         out, blocks = _gathered(q, gates, cache, config, scale, backend)
     else:
-        choose_backend(backend, q, cache.v_cmp, config)  # raises where the kernels do not take this
-        if cache.k_scale is not None and (refusal := fp8_refuses(q)) is not None:
-            raise ValueError(f"backend='triton' does not take this cache: {refusal}; write backend='auto' or 'reference'")
         from nsa_transformer.kernels.triton import decode as kernels
 
         with torch.cuda.device_of(q):
@@ -66,16 +62,24 @@ def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, bac
     Page 0 takes what is written for no sequence, so it must be nobody's. Fixed shapes and no wait for the device; `backend` as for `nsa_decode`.
     """
     check_backend_name(backend)
-    refusal = None if cache.k_scale is None else fp8_refuses(rows.k_slc)
-    if backend == "triton" and refusal is not None:
-        raise ValueError(f"backend='triton' does not take this cache: {refusal}; write backend='auto' or 'reference'")
-    if refusal is not None or choose_backend(backend, rows.k_slc, cache.v_cmp, config, "k_slc") == "reference":
+    if decoding_backend(backend, rows.k_slc, rows.v_slc, config, cache.k_scale is not None, "k_slc") == "reference":
         write_rows(rows, cache, config)
         return
     from nsa_transformer.kernels.triton import decode_write as kernels
 
     with torch.cuda.device_of(rows.k_slc):
         kernels.write(rows, cache, config)
+
+
+def decoding_backend(backend: str, q: Tensor, v: Tensor, config: NSAConfig, quantized: bool, name: str = "q") -> str:
+    """The backend of a step: `choose_backend`'s, and plain PyTorch for e4m3 where the GPU has none. q `[B, heads, Dk]` and v `[B, heads, Dv]` count for their
+    device, dtype and widths."""
+    refusal = fp8_refuses(q) if quantized else None
+    if refusal is None:
+        return choose_backend(backend, q, v, config, name)
+    if backend == "triton":
+        raise ValueError(f"backend='triton' does not take this cache: {refusal}; write backend='auto' or 'reference'")
+    return "reference"
 
 
 def gather_sequence(cache: PagedKeysValues, sequence: int, config: NSAConfig, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -83,11 +83,10 @@ def test_what_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "plain PyTorch computes the attention" in str(module._attention_waits(layer, cache, weight))
     assert module._attention_waits(small_model(attention="dense").layers[0].attention, cache, weight) is None
     seen = []
-    monkeypatch.setattr(module, "choose_backend", lambda backend, q, v, config: seen.append((backend, q.shape, v.shape)) or "triton")
-    assert module._attention_waits(layer, cache, weight) is None and seen == [("auto", (0, 4, 8), (0, 2, 8))]
-    monkeypatch.setattr(module, "fp8_refuses", lambda q: "too old")
-    assert module._attention_waits(layer, model.new_cache(1, KVCacheConfig("fp8", 16)), weight) == "too old"
+    monkeypatch.setattr(module, "decoding_backend", lambda *args: seen.append((args[0], args[1].shape, args[2].shape, args[4])) or "triton")
     assert module._attention_waits(layer, cache, weight) is None
+    assert module._attention_waits(layer, model.new_cache(1, KVCacheConfig("fp8", 16)), weight) is None
+    assert seen == [("auto", (0, 4, 8), (0, 2, 8), quantized) for quantized in (False, True)]
     monkeypatch.setenv("NSA_CHECK", "1")
     assert "NSA_CHECK" in str(module._attention_waits(layer, cache, weight))
     assert module._experts_wait(mlp, weight) == "the experts' tokens are counted on the host", "as everywhere but in the kernels"
