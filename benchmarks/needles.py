@@ -24,6 +24,7 @@ from nsa_transformer.training.optimizer import build_optimizer
 SUCCESSORS = (0.5, 0.25, 0.15, 0.1)  # of a symbol of the filler, by their probabilities: 1.21 nats
 FILLER_SHARE = 0.1  # of the filler's tokens that training counts, so that answers weigh something beside them
 LEARNED = 0.99
+GAIN = 4.0  # of compressed keys at their beginning: a pair is one of many tokens of a mean
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,16 @@ class Stage:
 
 def curriculum(nsa: NSAConfig, length: int, steps: Sequence[int]) -> list[Stage]:
     """Three stages of growing length, the last with the geometry itself. In the first all blocks are selected and the window is too short for any pair, so that
-    the selected branch learns to copy; in the second half of the blocks are left out."""
+    the selected branch learns to copy; in the second few blocks are selected, so that compressed keys have to point to the right ones."""
     block, whole = nsa.select_block, nsa.num_selected * nsa.select_block
     near = replace(nsa, window=min(nsa.window, block))
+    few = replace(near, num_selected=max(nsa.num_initial + nsa.num_local + 1, nsa.num_selected // 2))
 
     def task(size: int, margin: int) -> Task:
         return Task(size, 4 * min(16, max(1, size // 64)), margin)
 
     tasks = task(min(whole // 2, length), near.window), task(min(2 * whole, length), near.window), task(length, nsa.window + block)
-    return [Stage(*each) for each in zip(tasks, (near, near, nsa), steps, strict=True)]
+    return [Stage(*each) for each in zip(tasks, (near, few, nsa), steps, strict=True)]
 
 
 def model_config(task: Task, nsa: NSAConfig, hidden_size: int, num_layers: int) -> ModelConfig:
@@ -159,6 +161,7 @@ def model_config(task: Task, nsa: NSAConfig, hidden_size: int, num_layers: int) 
         nsa=nsa,
         moe=MoEConfig(num_experts=0),
         max_position_embeddings=task.length,
+        rope_theta=1e8,  # half of the channels hardly turn over the length, and can hold a key wherever it is
         init_std=hidden_size**-0.5,
     )
 
@@ -172,12 +175,12 @@ def with_geometry(model: Transformer, nsa: NSAConfig) -> Transformer:
 
 
 @torch.no_grad()
-def point_by_selected_keys(model: Transformer, gain: float = 4.0) -> None:
-    """Let compressed keys and values, which are means, begin as those of the selected branch: a block then is as near to a query as its tokens are on
-    average. That this points to blocks is known (MoBA, arXiv 2502.13189); to learn it from nothing takes longer than all the rest."""
+def point_by_selected_keys(model: Transformer) -> None:
+    """Let compressed keys and values, which are means, begin as those of the selected branch: a block is then as near to a query as its tokens are on average.
+    It is a beginning from which pointing to blocks is learned; from nothing that takes longer than all the rest."""
     for layer in (block.attention for block in model.layers):
         assert isinstance(layer, NativeSparseAttention) and layer.config.compression == "mean"
-        for projection, factor in ((layer.k_proj, gain), (layer.v_proj, 1.0)):
+        for projection, factor in ((layer.k_proj, GAIN), (layer.v_proj, 1.0)):
             compressed, selected, _ = projection.weight.chunk(3)
             compressed.copy_(selected * factor)
 

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 TASK = needles.Task(200, 12, 40, keys=16, values=4, filler=8)
 TINY = ["--device", "cpu", "--length", "384", "--geometry", "16/8/16/6/32", "--hidden", "16", "--layers", "1", "--steps", "1", "1", "1"]
 TINY += ["--batch-tokens", "384", "--sequences", "2", "--chunk", "48"]
-SHIPPED = bench.CACHES[1]
+SHIPPED, WIPED = bench.CACHES[1], bench.WIPED
 
 
 # -------------------------------------------------------------------------------------------------------------------- the task
@@ -70,7 +70,8 @@ def test_the_last_stage_is_the_geometry_itself() -> None:
     assert nsa == NSAConfig(compression="mean")
     first, second, last = needles.curriculum(nsa, 4096, (1, 2, 3))
     assert last.nsa == nsa and last.task.length == 4096 and last.task.pairs == 64 and last.task.margin == 576
-    assert first.task.length <= nsa.num_selected * nsa.select_block < second.task.length, "all blocks selected, then not all"
+    assert first.task.length <= first.nsa.num_selected * nsa.select_block < second.task.length, "all blocks selected, then not all"
+    assert second.nsa.num_selected == 8, "of 32"
     for stage in (first, second):
         assert stage.nsa.window <= stage.task.margin
 
@@ -86,7 +87,7 @@ def test_geometries_share_parameters_and_training_lowers_the_loss() -> None:
     assert [row["steps"] for row in rows] == [50, 100]
     assert rows[-1]["loss"] < 0.8 * math.log(task.vocabulary - task.first_key)
     compressed, selected, _ = model.layers[0].attention.k_proj.weight.chunk(3)
-    assert torch.nn.functional.cosine_similarity(compressed.flatten(), selected.flatten(), dim=0) > 0.5, "blocks point as their tokens do"
+    assert torch.nn.functional.cosine_similarity(compressed.flatten(), selected.flatten(), dim=0) > 0.5, "blocks began to point as their tokens do"
 
 
 def test_training_ends_with_its_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +208,17 @@ def test_what_is_said_of_a_cache() -> None:
     assert second["others"] == 1 and second["found"] == 1.0 and second["answers"] == pytest.approx(1.01, rel=1e-4)
 
 
+def test_pointed_counts_selected_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = needles.Source(TASK, CPU, 0, 8).draw(TASK, 3)
+    blocks = torch.full((TASK.length, 2, 4), -1, dtype=torch.int32)
+    model = Transformer(needles.model_config(TASK, bench.parse_geometry("8/4/8/6/8"), 16, 1))
+    monkeypatch.setattr(bench, "record_blocks", lambda model, tokens: [blocks, blocks - 1])
+    assert bench.pointed(model, data) == 0
+    blocks[data.answers[0], 1, 3] = (data.needles[0] // 8).int()
+    expected = sum(int((data.needles[b] // 8 == data.needles[0] // 8).sum()) + int((data.needles[b] // 8 == data.needles[0] // 8 - 1).sum()) for b in range(3))
+    assert bench.pointed(model, data) == pytest.approx(expected / data.needles.numel())
+
+
 def numbers(folder: Path) -> tuple[dict[str, Any], str]:
     (page,) = folder.glob("*.md")
     return json.loads(page.with_suffix(".json").read_text()), page.read_text()
@@ -216,6 +228,7 @@ def test_a_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert bench.main([*TINY, "--out", str(tmp_path), "--commit", "abc"]) == 0
     found, page = numbers(tmp_path)
     assert [row["scale"] for row in found["rows"]] == [variant.name for variant in bench.CACHES] and len(found["outliers"]) == len(bench.WITH_OUTLIERS)
+    assert len(found["all"]) == len(bench.WITH_ALL) and 0 < found["pointed"] < 1 and "## The same model with all blocks selected" in page
     assert found["outliers"][0]["loss"] == found["rows"][0]["loss"] and [row["steps"] for row in found["training"]] == [1, 1, 1]
     assert "| a row (the cache) | 512 |" in page and "| old blocks wiped | 512 |" in page and "Commit abc" in page and "geometry 16/8/16/6/32" in page
     assert "| synthetic, shifted | a block |" in page
@@ -225,7 +238,20 @@ def test_a_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_the_time_limit_leaves_what_was_measured(tmp_path: Path) -> None:
     assert bench.main([*TINY, "--time-limit", "0", "--out", str(tmp_path)]) == 1
     found, page = numbers(tmp_path)
-    assert all(row["problem"] == bench.LATE for row in found["rows"] + found["outliers"]) and bench.LATE in page
+    assert all(row["problem"] == bench.LATE for row in found["rows"] + found["outliers"] + found["all"]) and bench.LATE in page
+
+
+def test_a_cache_that_fails_leaves_the_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[bench.Row] = []
+
+    def read(model: Transformer, data: needles.Sequences, variant: Variant, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if variant is SHIPPED:
+            raise RuntimeError("no | such kernel")
+        return torch.ones(2, TASK.length), torch.zeros(2, TASK.length, dtype=torch.int64)
+
+    monkeypatch.setattr(bench, "read", read)
+    bench.measure(small_model(), needles.Source(TASK, CPU, 0, 8).draw(TASK, 2), (bench.CACHES[0], SHIPPED, WIPED), 8, math.inf, rows.append)
+    assert [bool(row["problem"]) for row in rows] == [False, True, False] and "no / such kernel" in bench._quality(rows)
 
 
 def test_a_run_is_read_without_needles(tmp_path: Path) -> None:
