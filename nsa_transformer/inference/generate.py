@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -223,34 +224,52 @@ def generate_text(
 
 class TextStream:
     """The text of ids that come one by one. What could be the beginning of a stop text, or of a character whose bytes are not all there, waits for what
-    follows; `stopped` once a stop text has come, of which nothing is given out."""
+    follows; `stopped` once a stop text has come, of which nothing is given out. A token costs the same however long the text is."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         if any(not text for text in stop):
             raise ValueError("a stop text is empty; leave it out")
         self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
-        self._ids: list[int] = []
-        self._shown = 0
+        self._waiting = ""  # text that is not given out yet
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._ids: list[int] = []  # where a token's text depends on the one before: the last ones decoded, `_known` of them, and those whose text is not whole
+        self._known = 0
 
     def add(self, token: int) -> str:
         """What is certain now and was not before."""
-        self._ids.append(token)
-        text = self.tokenizer.decode_bytes(self._ids).decode(errors="replace")
-        found = [place for place in (text.find(s, max(0, self._shown - len(s))) for s in self.stop) if place >= 0]
+        self._waiting += self._text(token)
+        found = [place for place in map(self._waiting.find, self.stop) if place >= 0]
         if found:
             self.stopped = True
-            return self._show(text, min(found))
-        safe = text.rstrip("\ufffd")
-        return self._show(text, len(safe) - max((_overlap(safe, s) for s in self.stop), default=0))
+            return self._give(min(found))
+        return self._give(len(self._waiting) - max((_overlap(self._waiting, text) for text in self.stop), default=0))
 
     def rest(self) -> str:
         """What waited for more, once no more comes."""
-        text = self.tokenizer.decode_bytes(self._ids).decode(errors="replace")
-        return self._show(text, len(text))
+        if self.tokenizer.is_byte_level:
+            self._waiting += self._decoder.decode(b"", final=True)
+        else:
+            self._waiting += self._behind()
+            self._ids = self._ids[: self._known]
+        return self._give(len(self._waiting))
 
-    def _show(self, text: str, end: int) -> str:
-        piece = text[self._shown : end]
-        self._shown = max(self._shown, end)
+    def _text(self, token: int) -> str:
+        if self.tokenizer.is_byte_level:
+            return self._decoder.decode(self.tokenizer.decode_bytes([token]))
+        self._ids.append(token)
+        text = self._behind()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._ids = self._ids[self._known :]
+        self._known = len(self._ids)
+        return text
+
+    def _behind(self) -> str:
+        """The text of the ids behind those that are known."""
+        return self.tokenizer.decode(self._ids)[len(self.tokenizer.decode(self._ids[: self._known])) :]
+
+    def _give(self, end: int) -> str:
+        piece, self._waiting = self._waiting[:end], self._waiting[end:]
         return piece
 
 

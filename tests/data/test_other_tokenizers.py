@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from nsa_transformer.config import ConfigError
 from nsa_transformer.data.chat import ChatTemplate
 from nsa_transformer.data.tokenizer import Tokenizer, train_tokenizer
+from nsa_transformer.inference.generate import TextStream
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.\n", "def f(x):\n    return x + 1\n", "na\u00efve caf\u00e9, \u4f60\u597d\n"] * 30
 CHAT = ["<|im_start|>", "<|im_end|>"]
@@ -101,6 +102,22 @@ def test_text_and_its_end(loaded: Tokenizer, text: str) -> None:
     if loaded.is_byte_level:
         assert loaded.decode_bytes(ids) == text.encode()
         assert loaded.byte_lengths[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["The quick brown fox.", " def f(x):\n    return x + 1\n", "na\u00efve caf\u00e9, \u4f60\u597d \U0001f600", ""])
+def test_text_that_comes_token_by_token(loaded: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = loaded.encode(text) * 3
+    stream, whole, longest = TextStream(loaded), loaded.decode(ids), 0
+    decode = loaded.decode
+
+    def watched(some: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(some))
+        return decode(some)
+
+    monkeypatch.setattr(loaded, "decode", watched)
+    assert "".join([*map(stream.add, ids), stream.rest()]) == whole
+    assert longest <= 12, "not all of it again for every token"
 
 
 @pytest.mark.parametrize(("kind", "byte_level"), [(gpt2, True), (qwen, True), (llama2, False), (unigram, False)])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nsa_transformer import Transformer, load_checkpoint
 from nsa_transformer.config import Config, ConfigError, DataConfig, KVCacheConfig, MemoryConfig, TrainingConfig
@@ -19,7 +21,7 @@ from nsa_transformer.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_transformer.distributed.checkpoint import save_checkpoint, write_config
 from nsa_transformer.distributed.world import World
 from nsa_transformer.inference import generate as module
-from nsa_transformer.inference.generate import SamplingConfig, generate, generate_batch, generate_text, next_token_probabilities
+from nsa_transformer.inference.generate import SamplingConfig, TextStream, generate, generate_batch, generate_text, next_token_probabilities
 from nsa_transformer.inference.load import saved_kv_cache
 from nsa_transformer.training.optimizer import build_optimizer
 
@@ -223,7 +225,7 @@ def test_length_limits(model: Transformer):
 class Bytes:
     """A tokenizer of which we choose the tokens; id 0 ends the document."""
 
-    eod_id = 0
+    eod_id, is_byte_level = 0, True
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.pieces = [b"", *pieces]
@@ -284,6 +286,25 @@ def test_text_comes_as_soon_as_it_is_certain(monkeypatch: pytest.MonkeyPatch):
 
 def test_bytes_that_are_no_text_come_at_the_end(monkeypatch: pytest.MonkeyPatch):
     assert "".join(scripted(monkeypatch, [b"a", b"\xff", b"b", b"\xe2\x82"], [])[1]) == "a\ufffdb\ufffd"
+
+
+@given(st.lists(st.binary(max_size=5), max_size=12))
+def test_a_stream_is_the_text_of_all_its_bytes(pieces: list[bytes]) -> None:
+    stream = TextStream(Bytes(pieces))  # type: ignore[arg-type]
+    parts = [stream.add(i) for i in range(1, len(pieces) + 1)]
+    assert "".join([*parts, stream.rest()]) == b"".join(pieces).decode(errors="replace")
+
+
+def test_a_long_stream_costs_what_its_tokens_do() -> None:
+    asked: list[int] = []
+
+    class Counted(Bytes):
+        def decode_bytes(self, ids: Sequence[int]) -> bytes:
+            asked.append(len(ids))
+            return super().decode_bytes(ids)
+
+    stream = TextStream(Counted([b"ab "]), ["stop"])  # type: ignore[arg-type]
+    assert "".join(stream.add(1) for _ in range(500)) == "ab " * 500 and sum(asked) == 500
 
 
 def test_an_empty_stop_text_is_refused(model: Transformer):
