@@ -53,6 +53,7 @@ WAYS = (
     Variant("K a channel of a block, V a row", by_channel, by_row),
     Variant("a block", by_block, by_block),
     Variant("a row, in bf16", by_row_16, by_row_16),
+    Variant("a row, compressed ones too", by_row, by_row, compressed=by_row),
     Variant("none", unscaled, unscaled),
 )
 CACHES = (Variant("16 bit"), *(Variant("a row (the cache)", by_row, by_row, threshold, shipped=True) for threshold in (512, 64, 0)), *WAYS, WIPED)

@@ -73,25 +73,27 @@ SCALE_BYTES: dict[Way, Callable[[int, int], float]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """How old blocks are kept: keys and values in some way, both None: in 16 bits. `shipped`: by the package's own FP8 cache."""
+    """How old blocks are kept: keys and values in some way, both None: in 16 bits; and all compressed keys and values. `shipped`: by the package's own FP8
+    cache."""
 
     name: str
     keys: Way | None = None
     values: Way | None = None
     threshold: int = 0
     shipped: bool = False
+    compressed: Way | None = None
 
     def cache(self, model: Transformer) -> KVCache:
         if self.shipped:
             return model.new_cache(settings=KVCacheConfig("fp8", self.threshold))
         cache = model.new_cache()
         if self.keys is not None and self.values is not None:
-            cache.layers = [RoundedLayer(cache, {"k": self.keys, "v": self.values}, self.threshold) for _ in cache.layers]
+            cache.layers = [RoundedLayer(cache, {"k": self.keys, "v": self.values}, self.threshold, self.compressed) for _ in cache.layers]
         return cache
 
     def row_bytes(self, width: int, config: NSAConfig) -> float:
         """Of a token and key/value head, without rings: the selected branch, its scales, and compressed keys and values in 16 bits."""
-        compressed = 4 * width / config.compress_stride
+        compressed = (4 * width if self.compressed is None else 2 * width + 2 * SCALE_BYTES[self.compressed](width, 1)) / config.compress_stride
         if self.keys is None or self.values is None:
             return 4 * width + compressed
         scales = sum(SCALE_BYTES[way](width, config.select_block) for way in (self.keys, self.values))
@@ -116,9 +118,13 @@ def tokens_ratio(variant: Variant, tokens: int | None, width: int, config: NSACo
 class RoundedLayer(SparseLayerCache):
     """The 16-bit cache, whose blocks are rounded in place when the FP8 cache would round them: after the chunk that makes them older than `threshold`."""
 
-    def __init__(self, owner: KVCache, ways: dict[str, Way], threshold: int) -> None:
+    def __init__(self, owner: KVCache, ways: dict[str, Way], threshold: int, compressed: Way | None) -> None:
         super().__init__(owner)
-        self.ways, self.threshold = ways, threshold
+        self.ways, self.threshold, self.compressed = ways, threshold, compressed
+
+    def _compress(self, *arguments: Any) -> dict[str, Tensor]:
+        rows = super()._compress(*arguments)
+        return rows if self.compressed is None else {name: self.compressed(x, 1) for name, x in rows.items()}
 
     def _extend_selected(self, name: str, sequence: int, pages: Tensor, start: int, new: Tensor) -> Tensor:
         rows = super()._extend_selected(name, sequence, pages, start, new)
