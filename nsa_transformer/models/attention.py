@@ -97,9 +97,9 @@ class NativeSparseAttention(nn.Module):
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
         q = layout.rotation(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
-        k_cmp, k_slc, k_win = self.k_proj(x).unflatten(-1, (3, self.num_kv_heads, self.head_dim)).unbind(1)
+        k_cmp, k_turning = self.k_proj(x).unflatten(-1, (3 * self.num_kv_heads, self.head_dim)).split((self.num_kv_heads, 2 * self.num_kv_heads), dim=1)
+        k_slc, k_win = layout.rotation(k_turning).chunk(2, dim=1)
         v_cmp, v_slc, v_win = self.v_proj(x).unflatten(-1, (3, self.num_kv_heads, self.head_dim_v)).unbind(1)
-        k_slc, k_win = layout.rotation(k_slc), layout.rotation(k_win)
         gates = self.gate(x)
         if cache is None:
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, layout.cmp_rows, layout.cu_seqlens)

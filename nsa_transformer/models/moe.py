@@ -174,15 +174,17 @@ class MixtureOfExperts(nn.Module):
         for parameter in (self.w13, self.w2):
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor, document: Tensor, num_documents: int, valid: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
-        """x `[T, hidden]`; document int64 `[T]`; valid bool `[T]`: padding is computed but not counted."""
+    def forward(
+        self, x: Tensor, document: Tensor, num_documents: int, valid: Tensor | None = None, count: bool = True
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        """x `[T, hidden]`; document int64 `[T]`; valid bool `[T]`: padding is computed but not counted. Statistics with `count` alone."""
         indices, weights, logits = self.router(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         arrive = self.dispatch(x.to(dtype), indices, weights)
         # Where tokens travel, this is done meanwhile; and what the backward needs of it stands before the way back, which then is not recomputed.
         shared = None if self.shared is None else self.shared(x)
-        statistics = self.router.statistics(logits, indices, document, num_documents, valid)
+        statistics = self.router.statistics(logits, indices, document, num_documents, valid) if count else None
         y = arrive(self.experts, self.w13.to(dtype), self.w2.to(dtype))
         return y if shared is None else y + shared, statistics
 

@@ -78,7 +78,8 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), layout=layout, cache=cache)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MixtureOfExperts):
-            y, statistics = self.mlp(normed, layout.document, len(layout.cu_seqlens) - 1, valid)
+            # Nobody asks for those of a step of decoding, which is many small kernels as it is.
+            y, statistics = self.mlp(normed, layout.document, len(layout.cu_seqlens) - 1, valid, count=cache is None or cache.sequence is not None)
             return x + y, statistics
         return x + self.mlp(normed), None
 
