@@ -402,6 +402,8 @@ def explain_hydra(error: Exception) -> str:
         return (
             f"{error.override} is not KEY=VALUE as Hydra reads it ({text.splitlines()[0]}); put quotes around a value with special characters: \"KEY='VALUE'\""
         )
+    if several := re.match(r"Ambiguous value for argument '(.+)'\n", text):
+        return f"{several.group(1)} has several values; write one, KEY=[A,B] for a list, or quotes around text with a comma: \"KEY='A,B'\""
     unknown = re.search(r"Could not override '([^']+)'", text)
     if not isinstance(error, HydraException | OmegaConfBaseException) or (unknown and unknown.group(1) in GROUPS):
         return f"a group ({', '.join(GROUPS)}) takes the name of one of its files in configs/, such as model=tiny; set its keys one by one"

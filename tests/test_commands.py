@@ -409,6 +409,7 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
         (["plan", "memory.expert_offloading.enabled=true", "model.moe.num_experts=0"], r"has no experts; write memory\.expert_offloading\.enabled=false"),
         (["plan", "modl=tiny"], r"unknown key modl; did you mean model"),
         (["plan", "model=huge"], r"model=huge does not exist; write .*model=tiny"),
+        (["plan", "model=tiny,base"], r"model=tiny,base has several values; write one, KEY=\[A,B\] for a list"),
         (["plan", "~model.nsa=1"], r"would delete a setting"),
         (["plan", "{run}", "model=tiny"], r"write one run, whose settings are saved, or overrides"),
         (["plan", "model=tiny", "--length", "4k"], r"--length 4096 passes .*=2048; write --length 2048 or less, or model\.max_position_embeddings=4096$"),
