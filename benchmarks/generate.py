@@ -92,12 +92,15 @@ def random_tokens(model: ModelConfig, shape: Sequence[int], device: torch.device
     return torch.randint(0, model.vocab_size, tuple(shape), generator=generator, device=device)
 
 
-def fill(model: Transformer, size: Size, settings: KVCacheConfig, device: torch.device) -> KVCache:
-    """A cache of `size.length` random tokens of each sequence, all room taken at once."""
+def fill(model: Transformer, size: Size, settings: KVCacheConfig, device: torch.device, steps: int = 0) -> KVCache:
+    """A cache of `size.length` random tokens of each sequence, all room taken at once, with that of `steps` more: nothing moves in them."""
     cache = model.new_cache(size.batch, settings)
     for sequence in range(size.batch):
-        cache.extend(sequence, size.length - 1, device)
+        cache.extend(sequence, size.length + steps - 1, device)
     model.decode(random_tokens(model.config, [size.batch], device), cache)  # makes the stores
+    assert cache.device_lengths is not None
+    cache.lengths = [size.length] * size.batch
+    cache.device_lengths.fill_(size.length)
     generator = torch.Generator(device).manual_seed(0)
     for layer in cache.layers:
         for store in layer.stores:
@@ -215,7 +218,7 @@ def measure(model: Transformer, name: str, size: Size, device: torch.device, roo
     for way, context in STEP_WAYS[ROWS[name][0]].items():
         try:
             with context():
-                cache = fill(model, replace(size, length=size.length - steps), settings, device)
+                cache = fill(model, replace(size, length=size.length - steps), settings, device, steps)
                 seconds, row["warm_up"] = time_steps(model, cache, tokens, time.monotonic() + PATIENCE)
             row["times"][way] = statistics.median(seconds)
             assert cache.nbytes == row["cache_bytes"] and cache.lengths == [size.length] * size.batch

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsa_transformer.config import Config, ConfigError, ExpertOffloadingConfig, KVCacheConfig, build_config, unknown_key_message
+from nsa_transformer.utils.files import expand_home
 from nsa_transformer.utils.threads import limit_spinning
 
 if TYPE_CHECKING:  # importing torch takes seconds, which a mistake on the command line need not wait for
@@ -327,6 +328,8 @@ def _plan(options: argparse.Namespace) -> int:
     runs = [word for word in options.words if "=" not in word]
     if runs and len(options.words) > 1:
         raise ConfigError(f"{' '.join(options.words)}: write one run, whose settings are saved, or overrides KEY=VALUE")
+    if runs and not expand_home(runs[0]).exists():
+        raise ConfigError(f"{runs[0]} does not exist, and is no override; name a run, or write KEY=VALUE such as model=large")
     config = saved_config(runs[0]) if runs else compose_config(options.words)
     if options.kv_cache is not None:
         kv_cache = dataclasses.replace(config.memory.kv_cache, quantization=options.kv_cache)
@@ -334,13 +337,14 @@ def _plan(options: argparse.Namespace) -> int:
     limit = config.model.max_position_embeddings
     length = limit if options.length is None else options.length
     if length > limit:
-        raise ConfigError(f"--length {length} passes model.max_position_embeddings={limit}; write --length {limit} or less, or a model of more positions")
+        more = "" if runs else f", or model.max_position_embeddings={length}"
+        raise ConfigError(f"--length {length} passes model.max_position_embeddings={limit}; write --length {limit} or less{more}")
     memory = None
     if options.memory is not None:
         memory = options.memory * GIB, "--memory"
     elif torch.cuda.is_available():
         memory = float(torch.cuda.get_device_properties(0).total_memory), torch.cuda.get_device_name(0)
-    print(describe_plan(config, getattr(torch, options.dtype), [length] * options.batch, memory))
+    print(describe_plan(config, getattr(torch, options.dtype), length, options.batch, memory))
     return 0
 
 
@@ -398,6 +402,8 @@ def explain_hydra(error: Exception) -> str:
         return (
             f"{error.override} is not KEY=VALUE as Hydra reads it ({text.splitlines()[0]}); put quotes around a value with special characters: \"KEY='VALUE'\""
         )
+    if several := re.match(r"Ambiguous value for argument '(.+)'\n", text):
+        return f"{several.group(1)} has several values; write one, KEY=[A,B] for a list, or quotes around text with a comma: \"KEY='A,B'\""
     unknown = re.search(r"Could not override '([^']+)'", text)
     if not isinstance(error, HydraException | OmegaConfBaseException) or (unknown and unknown.group(1) in GROUPS):
         return f"a group ({', '.join(GROUPS)}) takes the name of one of its files in configs/, such as model=tiny; set its keys one by one"

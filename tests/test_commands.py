@@ -392,6 +392,7 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
     [
         (["generate", "{folder}", "--prompt", "a"], r"no checkpoint"),
         (["generate", "/nope", "--prompt", "a"], r"/nope does not exist"),
+        (["generate", "~nobody-here/x", "--prompt", "a"], r"~nobody-here/x does not exist"),
         (["generate", "{run}", "--prompt", ""], r"the prompt has no token"),
         (["generate", "{run}", "--prompt", "a\udcff"], r"--prompt is not valid UTF-8"),
         (["generate", "{run}", "--prompt", "a", "--max-new-tokens", "99999"], r"max_position_embeddings=2048; ask for \d+ new tokens or fewer"),
@@ -403,12 +404,16 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
         (["generate", "{run}", "--prompt", "a", "--gpu-budget-gib", "2"], r"--gpu-budget-gib 2 needs offloading; add --expert-offloading"),
         (["generate", "{run}", "--prompt", "a", "--expert-offloading", "--gpu-budget-gib", "-2"], r"gpu_budget_gib=-2\.0 must be greater than 0"),
         (["inspect", "{folder}"], r"is no run"),
-        (["plan", "/nope"], r"/nope does not exist"),
+        (["plan", "/nope"], r"/nope does not exist, and is no override"),
+        (["plan", "~model"], r"~model does not exist, and is no override.*such as model=large"),
+        (["plan", "memory.expert_offloading.enabled=true", "model.moe.num_experts=0"], r"has no experts; write memory\.expert_offloading\.enabled=false"),
         (["plan", "modl=tiny"], r"unknown key modl; did you mean model"),
         (["plan", "model=huge"], r"model=huge does not exist; write .*model=tiny"),
+        (["plan", "model=tiny,base"], r"model=tiny,base has several values; write one, KEY=\[A,B\] for a list"),
         (["plan", "~model.nsa=1"], r"would delete a setting"),
         (["plan", "{run}", "model=tiny"], r"write one run, whose settings are saved, or overrides"),
-        (["plan", "model=tiny", "--length", "4k"], r"--length 4096 passes model\.max_position_embeddings=2048; write --length 2048 or less"),
+        (["plan", "model=tiny", "--length", "4k"], r"--length 4096 passes .*=2048; write --length 2048 or less, or model\.max_position_embeddings=4096$"),
+        (["plan", "{run}", "--length", "4k"], r"write --length 2048 or less$"),
         (["plan", "model.attention=dense", "--kv-cache", "fp8"], r"is for model\.attention=nsa, not dense"),
         (["tokenizer", "train", "{folder}/text", "--vocab-size", "9", "--output", "{tmp}/t"], r"--vocab-size 9 is too small"),
         (["tokenizer", "train", "/nope", "--vocab-size", "300", "--output", "{tmp}/t"], r"/nope does not exist"),
@@ -525,6 +530,12 @@ def test_plan(finished: Path) -> None:
     assert "selected 8,192, scales 256" in fp8 and nsa(*large, "--kv-cache", "fp8")[1] == fp8
     out = nsa(*large, "memory.expert_offloading.enabled=true", "memory.expert_offloading.gpu_budget_gib=1", "--memory", "3.4")[1]
     assert "2.81 of them experts in host memory, with slots of 1.00 GiB" in out and out.rstrip().count(": fits") == 1
+    # All experts and two buffers of 64 MiB, not three quarters of what is free.
+    out = nsa("plan", "model=large", "memory.expert_offloading.enabled=true", "--memory", "80")[1]
+    assert "with slots of 2.94 GiB" in out and "memory   4.0" in out
+    assert "with slots of 0.00 GiB" in nsa("plan", "model=large", "memory.expert_offloading.enabled=true", "--memory", "0.1")[1]
+    assert "slots of 75% of what is free" in nsa("plan", "model=large", "memory.expert_offloading.enabled=true")[1] or torch.cuda.is_available()
+    assert f"{10**12} x 1,024 tokens" in nsa("plan", "model=large", "--length", "1k", "--batch", str(10**12))[1]
     dense = nsa("plan", "model=large", "model.attention=dense", "--memory", "80")[1]
     assert "keys and values 16,384" in dense and "at once\n" in dense and "to" not in dense.splitlines()[4].split("of")[0]
     # What a run is planned to take is what generating with it says.

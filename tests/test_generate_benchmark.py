@@ -80,6 +80,24 @@ def test_a_filled_cache_is_one_that_can_be_decoded(model: Transformer, config: C
         assert logits.isfinite().all() and not torch.equal(logits[0], logits[1])
 
 
+@pytest.mark.parametrize("name", bench.ROWS)
+def test_steps_may_end_in_another_page_than_they_began(config: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or in the next power of two: 244 tokens and 21 steps, pages of 256."""
+    model = bench.build_model(config, bench.ROWS[name][0], CPU, torch.float32)
+    monkeypatch.setitem(bench.STEP_WAYS, "dense", {"torch's choice": bench.STEP_WAYS["dense"]["torch's choice"]})
+    moves, time_steps = [], bench.time_steps
+
+    def watched(model: Transformer, cache: Any, *arguments: Any) -> Any:
+        moves.append(cache.moves)
+        found = time_steps(model, cache, *arguments)
+        moves.append(cache.moves)
+        return found
+
+    monkeypatch.setattr(bench, "time_steps", watched)
+    row = bench.measure(model, name, Size(2, 265), CPU, 8e9)
+    assert row["status"] == "ok" and not row["problems"] and moves[0] == moves[1]
+
+
 def test_what_computes_something_else_gets_no_speed(model: Transformer, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: Any = (model, KVCacheConfig(), CPU, 300, 20)
     assert bench.check(*arguments)[0]

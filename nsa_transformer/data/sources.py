@@ -18,6 +18,7 @@ from urllib.request import url2pathname
 from nsa_transformer.config import ConfigError
 from nsa_transformer.data.files import BadDocument, CorpusFile, HashRecord, LocalFile, RemoteFile, file_system
 from nsa_transformer.data.readers import Column, Document, read_file, suffix_of
+from nsa_transformer.utils.files import expand_home
 
 __all__ = ["Column", "Document", "FileSource", "Skips", "Source", "iter_documents", "open_source", "read_documents"]
 
@@ -193,7 +194,7 @@ def open_source(path: str | os.PathLike[str] | None, key: str = "data.path") -> 
         text = url2pathname(urlsplit(text).path)
     elif _URL.match(text):
         return _remote_source(text, key)
-    given = Path(text).expanduser()
+    given = expand_home(text)
     if given.is_file():
         return FileSource(key, str(given), [LocalFile(given, given.name)])
     if given.is_dir():

@@ -29,7 +29,7 @@ from nsa_transformer.data.tokenizer_spec import (
     our_pre_tokenizer,
     vocabulary,
 )
-from nsa_transformer.utils.files import write_atomic
+from nsa_transformer.utils.files import expand_home, write_atomic
 
 __all__ = ["CHAT_END", "CHAT_START", "END_OF_DOCUMENT", "PATTERN", "Tokenizer", "cut_text", "train_tokenizer"]
 
@@ -63,7 +63,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Read a tokenizer.json, or the one in a folder (a run, an export). Raises `ConfigError` naming the file."""
-        file = Path(path).expanduser()
+        file = expand_home(path)
         if file.is_dir():
             file = file / "tokenizer.json"
         try:

@@ -32,7 +32,7 @@ from nsa_transformer.distributed.parallelize import Shards, reshard
 from nsa_transformer.distributed.world import World
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW, master_of
 from nsa_transformer.models.transformer import Transformer
-from nsa_transformer.utils.files import MARK, atomic_folder
+from nsa_transformer.utils.files import MARK, atomic_folder, expand_home
 
 MANIFEST, MODEL, OPTIMIZER, STATE, CONFIG = "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -231,7 +231,7 @@ def _new_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, 
 
 def resolve_weights(path: str, key: str) -> Path:
     """The folder with weights that a user means by a run, one checkpoint of it, or an export. Raises `ConfigError` naming `key`."""
-    folder = Path(path).expanduser()
+    folder = expand_home(path)
     if not folder.exists():
         raise ConfigError(f"{key}={path} does not exist; name a run, one checkpoint of it, or an export")
     if not folder.is_dir():

@@ -72,10 +72,12 @@ class Chat:
         try:
             with memory_explained(self.model, self._cache):
                 yield from self._decode()
-        except OutOfMemory:
+        except GeneratorExit:  # between two tokens
+            raise
+        except BaseException as error:  # Ctrl-C too may come when some layers have the last tokens and others not
             self._cache = self.model.new_cache(1, self._cache.settings)  # the next answer computes all of the conversation anew
             self._decoder = Decoder(self.model, self._cache)
-            if len(self.ids) == asked:
+            if isinstance(error, OutOfMemory) and len(self.ids) == asked:
                 self._opening, self.ids = before
             raise
         finally:  # whoever stops listening has heard an answer that ends here

@@ -13,6 +13,7 @@ from nsa_transformer.distributed.world import choose_device
 from nsa_transformer.memory.expert_offload import offload_experts
 from nsa_transformer.models.moe import MixtureOfExperts
 from nsa_transformer.models.transformer import Transformer
+from nsa_transformer.utils.files import expand_home
 
 
 def load_checkpoint(
@@ -100,7 +101,7 @@ def saved_expert_offloading(path: str | Path) -> ExpertOffloadingConfig:
 
 def saved_config(path: str | Path) -> Config:
     """All settings of a run, of one checkpoint or of an exported folder. Raises `ConfigError` as `load_checkpoint`."""
-    folder = Path(path).expanduser()
+    folder = expand_home(path)
     if not (folder / CONFIG).exists():
         folder = resolve_weights(str(path), "path")
     return read_config(folder)

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from nsa_transformer.config import Config
+from nsa_transformer.config import Config, ConfigError
 from nsa_transformer.inference.load import on_meta
-from nsa_transformer.memory.expert_offload import FREE_SHARE
+from nsa_transformer.memory.expert_offload import FREE_SHARE, most_bytes
 from nsa_transformer.models.cache_size import cache_size
 from nsa_transformer.models.transformer import count_parameters, mixtures
 
 GIB = 2**30
 
 
-def describe_plan(config: Config, dtype: torch.dtype, lengths: Sequence[int], memory: tuple[float, str] | None) -> str:
-    """Parameters, weights, cache of sequences of these lengths, and whether they fit `memory` (bytes, what it is; None: not said), a line each."""
+def describe_plan(config: Config, dtype: torch.dtype, length: int, batch: int, memory: tuple[float, str] | None) -> str:
+    """Parameters, weights, cache of `batch` sequences of `length` tokens, and whether they fit `memory` (bytes, what it is; None: not said), a line each.
+
+    Raises `ConfigError` where experts are to be offloaded and there are none.
+    """
     model = on_meta(config, dtype)
     total, active = count_parameters(config.model)
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     size = cache_size(config.model, config.memory.kv_cache, dtype)
-    least = size.total(lengths)
+    least = size.total([length], batch)
     most = least if size.page_tokens == 1 else 2 * least
     where, held = "", float(weights)
     offloading = config.memory.expert_offloading
     if offloading.enabled:
-        experts = sum(m.w13.nbytes + m.w2.nbytes for m in mixtures(model))
+        layers = list(mixtures(model))
+        if not layers:
+            raise ConfigError("memory.expert_offloading.enabled=true, and this model has no experts; write memory.expert_offloading.enabled=false")
+        each, count = layers[0].w13[0].nbytes + layers[0].w2[0].nbytes, config.model.moe.num_experts
+        experts = len(layers) * count * each
         held -= experts
-        free = 0.0 if memory is None else max(memory[0] - held, 0)
-        slots = FREE_SHARE * free if offloading.gpu_budget_gib is None else offloading.gpu_budget_gib * GIB
-        held += slots
-        room_for = f"{slots / GIB:.2f} GiB" if slots else f"{FREE_SHARE:.0%} of what is free"
+        room_for = f"{FREE_SHARE:.0%} of what is free"
+        if memory is not None or offloading.gpu_budget_gib is not None:
+            free = 0.0 if memory is None else max(memory[0] - held, 0)
+            budget = FREE_SHARE * free if offloading.gpu_budget_gib is None else offloading.gpu_budget_gib * GIB
+            slots = min(budget, most_bytes(len(layers), count, each))
+            held += slots
+            room_for = f"{slots / GIB:.2f} GiB"
         where = f", {experts / GIB:.2f} of them experts in host memory, with slots of {room_for} on the GPU"
     name = str(dtype).removeprefix("torch.")
     grown = "" if most == least else f", up to {most / GIB:.2f} as it grows token by token"
@@ -39,7 +47,7 @@ def describe_plan(config: Config, dtype: torch.dtype, lengths: Sequence[int], me
         f"model    {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {config.model.num_layers} layers, {config.model.attention} attention",
         f"weights  {weights / GIB:.2f} GiB in {name}{where}",
         f"cache    {size.describe()}",
-        f"         {len(lengths)} x {max(lengths):,} tokens: {least / GIB:.2f} GiB at once{grown}",
+        f"         {batch} x {length:,} tokens: {least / GIB:.2f} GiB at once{grown}",
     ]
     if memory is not None:
         room, of = memory

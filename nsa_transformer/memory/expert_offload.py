@@ -30,6 +30,11 @@ STREAM_SHARE = 1 / 8  # of the budget, at most, for both buffers
 FREE_SHARE = 0.75  # of the free memory, where no budget is given; the rest is for the cache and for activations
 
 
+def most_bytes(layers: int, experts: int, expert_bytes: int) -> int:
+    """GPU memory of slots and buffers whatever the budget: then no expert is ever missing."""
+    return (layers * experts + 2 * min(experts, max(1, STREAM_BYTES // expert_bytes))) * expert_bytes
+
+
 @dataclass(frozen=True)
 class OffloadStatistics:
     """Experts, each counted once for a layer and pass: found in a slot, missing and copied, copied ahead on a guess, streamed for many tokens."""

@@ -83,8 +83,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._device = device
         self._streamed = host_weights(model)
         wanted = HOST_BYTES * sum(p.numel() for p in parameters) + sum(w.nbytes for w in self._streamed.values())
-        check_host_memory(wanted, "memory.optimizer_offloading.enabled=true" if not self._streamed else "memory.expert_offloading.enabled=true")
-        self._link = link_to(device, max(p.numel() for p in parameters), "memory.optimizer_offloading.enabled")
+        key = "memory.expert_offloading.enabled" if self._streamed else "memory.optimizer_offloading.enabled"  # the first brings the second with it
+        check_host_memory(wanted, f"{key}=true")
+        self._link = link_to(device, max(p.numel() for p in parameters), key)
         self._worker = ThreadPoolExecutor(1, "optimizer", initializer=_begin_thread, initargs=(device, threads))
         self._index = {parameter: number for number, parameter in enumerate(parameters)}
         starts, total = [], 0

@@ -36,13 +36,13 @@ class CacheSize:
     def per_sequence(self) -> int:
         return sum(self.sequence.values())
 
-    def total(self, lengths: Sequence[int]) -> int:
-        """`KVCache.nbytes` of sequences of these lengths that share no page, where all their room is taken at once. What grows step by step doubles its room
-        whenever it is full, and so has up to twice as many pages."""
+    def total(self, lengths: Sequence[int], copies: int = 1) -> int:
+        """`KVCache.nbytes` of `copies` times sequences of these lengths that share no page, where all their room is taken at once. What grows step by step
+        doubles its room whenever it is full, and so has up to twice as many pages."""
         if self.page_tokens == 1:
-            return len(lengths) * dense_capacity(max(lengths)) * sum(self.page.values())
-        pages = 1 + sum(-(-length // self.page_tokens) for length in lengths)  # page 0 is nobody's
-        return pages * sum(self.page.values()) + len(lengths) * self.per_sequence
+            return copies * len(lengths) * dense_capacity(max(lengths)) * sum(self.page.values())
+        pages = 1 + copies * sum(-(-length // self.page_tokens) for length in lengths)  # page 0 is nobody's
+        return pages * sum(self.page.values()) + copies * len(lengths) * self.per_sequence
 
     def describe(self) -> str:
         """One line."""

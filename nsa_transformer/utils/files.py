@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all, also after `kill -9` or a power cut."""
+"""Files and folders that exist whole or not at all, also after `kill -9` or a power cut; and what a user means by a path."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_file", "atomic_folder", "remove_leftovers", "write_atomic"]
+__all__ = ["atomic_file", "atomic_folder", "expand_home", "remove_leftovers", "write_atomic"]
 
 MARK = ".tmp-"  # `.<name>.tmp-<pid>-<random>`: hidden, and never mistaken for a finished one
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """A path to be read, `~` in front being a home. That of nobody stays as it is, and so is what does not exist; pathlib's own raises RuntimeError."""
+    return Path(os.path.expanduser(path))
 
 
 def _sibling(path: Path) -> Path:

@@ -62,6 +62,28 @@ def test_an_answer_that_nobody_hears_to_its_end(model: Transformer, tokenizer: T
     assert said == tokenizer.decode_bytes(expected).decode(errors="replace")
 
 
+@pytest.mark.parametrize("passes", [1, 6], ids=["message", "answer"])
+def test_an_interrupt_in_the_middle_of_a_pass(model: Transformer, tokenizer: Tokenizer, passes: int) -> None:
+    """By Ctrl-C, when the first layer has tokens that the second has not."""
+    chat, left = Chat(model, tokenizer, GREEDY, 20), passes
+
+    def interrupt(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    hook = model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.say("hello there"))
+    hook.remove()
+    asked = len(chat.template.prompt([{"role": "user", "content": "hello there"}]))
+    assert len(chat.ids) == asked + passes - 1 + len(chat.template.closing)
+    other = Chat(model, tokenizer, GREEDY, 20)
+    other.ids = list(chat.ids)
+    assert "".join(chat.say("well")) == "".join(other.say("well")) and chat.ids == other.ids, "from the cache, or from nothing"
+
+
 def test_a_conversation_that_grows_too_long_is_refused_and_goes_on(model: Transformer, tokenizer: Tokenizer) -> None:
     chat = Chat(model, tokenizer, GREEDY, 30, kv_cache=KVCacheConfig("fp8", 16))
     list(chat.say("hello"))

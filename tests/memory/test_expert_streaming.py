@@ -103,6 +103,17 @@ def test_parameters_have_shape_and_no_memory(work: Path, precision: str) -> None
     assert not host_weights(plain)
 
 
+@pytest.mark.parametrize("key", ["memory.expert_offloading.enabled", "memory.optimizer_offloading.enabled"])
+def test_what_cannot_be_page_locked_is_left_off_by_its_own_key(work: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    named: list[str] = []
+    link_to = optimizer_offload.link_to
+    monkeypatch.setattr(optimizer_offload, "link_to", lambda device, room, key: named.append(key) or link_to(device, room, key))
+    config = small_config(work, *SETTINGS, f"{key}=true")
+    optimizer = build_optimizer(build_model(config, CPU), config.training, CPU.device)
+    assert isinstance(optimizer, OffloadedAdamW) and named == [key]
+    optimizer.close()
+
+
 def test_the_next_layer_is_waited_for_before_it_is_brought(work: Path) -> None:
     """Its update may still be under way."""
     model = build_model(small_config(work, *SETTINGS, ON, "training.precision=fp32"), CPU)

@@ -29,7 +29,7 @@ from nsa_transformer.training.trainer import Trainer
 from ..models.small import random_tokens
 from ..models.small import small_config as small_model_config
 from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
-from .stand_ins import stand_in_for_cuda
+from .stand_ins import Lagging, stand_in_for_cuda
 
 ON = "memory.optimizer_offloading.enabled=true"
 # Four passes a step, and gradients that are clipped in every step.
@@ -309,6 +309,49 @@ def test_the_way_through_the_device(monkeypatch: pytest.MonkeyPatch, chunk: int,
     found = trained(True, dtype=dtype)
     assert len(locked) == 2 and locked[0] == locked[1]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_read_before_it_is_there(monkeypatch: pytest.MonkeyPatch, seed: int | None, dtype: torch.dtype) -> None:
+    """With streams that do as little as they may, or by chance."""
+    for module in (host, optimizer_offload):
+        monkeypatch.setattr(module, "CHUNK", 64)
+    expected = trained(True, dtype=dtype)
+    Lagging(seed).stand_in(monkeypatch)
+    monkeypatch.setattr(host, "page_lock", lambda *_: None)
+    monkeypatch.setattr(host, "IN_FLIGHT", 1 << 12)
+    monkeypatch.setattr(optimizer_offload, "link_to", host.CudaLink)
+    found = trained(True, dtype=dtype)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_few_parts_and_gradients_that_are_held(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
+    """Sums of fewer parts than there are rooms come back before they have left; a gradient's memory stays until it has been read."""
+    monkeypatch.setattr(host, "CHUNK", 64)
+    monkeypatch.setattr(host, "IN_FLIGHT", 1000)
+    monkeypatch.setattr(host, "page_lock", lambda *_: None)
+    Lagging(seed).stand_in(monkeypatch)
+    link = host.CudaLink(torch.device("cpu"), 100, "memory.optimizer_offloading.enabled")
+    total, norms, expected = link.arena(100), torch.zeros(2), torch.zeros(100)
+    held: list[tuple[Tensor, Any]] = []
+    for turn in range(6):
+        grad = torch.full((100,), float(turn + 1))
+        expected += grad
+        link.add(grad, total, norms, turn > 0)
+        held.append(link._held[-1])
+        assert held[-1][0] is grad and len(link._held) == min(turn + 1, 2), "1,000 bytes hold two of them"
+        for _, event in held[: -len(link._held)]:
+            stream, count = event.place
+            assert stream.done >= count, "what is held no more has been read"
+    link.settle()
+    assert torch.equal(total, expected) and not link._held
+    torch.testing.assert_close(norms, torch.stack([part.norm() for part in expected.split(64)]))
+    before = total.clone()
+    link.add(torch.ones(100), total, norms, False)  # given up
+    link.settle()
+    assert torch.equal(total, torch.ones(100)) and not torch.equal(total, before)
 
 
 def test_the_backward_waits_where_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:

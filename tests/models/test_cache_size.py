@@ -42,6 +42,7 @@ def test_is_what_a_cache_allocates(changes: dict[str, Any], settings: KVCacheCon
         assert cache.lengths == lengths
     size = cache_size(model.config, settings, dtype)
     assert cache.nbytes == size.total(lengths)
+    assert size.total(lengths, 3) == size.total(lengths * 3)
 
 
 @torch.no_grad()

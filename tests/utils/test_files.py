@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_transformer.utils.files import atomic_folder, remove_leftovers, write_atomic
+from nsa_transformer.utils.files import atomic_folder, expand_home, remove_leftovers, write_atomic
 
 
 def test_write_atomic_replaces_text_and_bytes(tmp_path: Path) -> None:
@@ -97,3 +97,9 @@ def test_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     (tmp_path / ".keep").write_text("")
     assert len(remove_leftovers(tmp_path)) == 1
     assert os.listdir(tmp_path) == [".keep"]
+
+
+def test_homes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ours")
+    assert expand_home("~/runs/x") == Path("/home/ours/runs/x") and expand_home(Path("~")) == Path("/home/ours")
+    assert expand_home("~nobody-here/x") == Path("~nobody-here/x") and expand_home("runs/~x") == Path("runs/~x")
