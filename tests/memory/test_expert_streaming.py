@@ -19,7 +19,7 @@ from nsa_transformer.training.optimizer import build_optimizer
 from nsa_transformer.training.trainer import Trainer
 
 from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
-from .stand_ins import stand_in_for_cuda
+from .stand_ins import stand_in_for_cuda, take_workspaces
 
 ON = "memory.expert_offloading.enabled=true"
 SETTINGS = (*QUIET, "model.num_layers=5", "training.batch_size=4", "training.micro_batch_size=2", "training.max_grad_norm=0.5", "training.max_steps=4")
@@ -190,6 +190,7 @@ def test_bytes_measured_on_a_gpu(work: Path, monkeypatch: pytest.MonkeyPatch) ->
     device = torch.device("cuda", torch.cuda.current_device())
     wide = ("model.hidden_size=256", "model.num_layers=9", "model.moe.num_experts=16", "model.moe.expert_size=256", "training.precision=bf16")
     config = small_config(work, *SETTINGS, ON, *wide)
+    take_workspaces(device)
     before = torch.cuda.memory_allocated(device)
     model = build_model(config, World(0, 1, device, None))
     optimizer = build_optimizer(model, config.training, device)

@@ -23,7 +23,7 @@ from nsa_transformer.training.trainer import Trainer
 from ..models.small import random_tokens
 from ..models.small import small_config as small_model_config
 from ..runs import QUIET, small_config, write_corpus
-from .stand_ins import Lagging, stand_in_for_cuda
+from .stand_ins import Lagging, stand_in_for_cuda, take_workspaces
 
 ON = "memory.optimizer_offloading.enabled=true"
 # Four passes a step, and gradients that are clipped in every step.
@@ -260,6 +260,7 @@ def test_bytes_measured_on_a_gpu(work: Path, monkeypatch: pytest.MonkeyPatch) ->
     device = torch.device("cuda", torch.cuda.current_device())
     wide = ("model.hidden_size=256", "model.num_layers=4", "model.moe.num_experts=16", "model.moe.expert_size=256", "training.precision=bf16")
     config = small_config(work, ON, *wide)
+    take_workspaces(device)
     before = torch.cuda.memory_allocated(device)
     model = build_model(config, World(0, 1, device, None))
     optimizer = build_optimizer(model, config.training, device)
