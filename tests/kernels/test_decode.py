@@ -115,6 +115,7 @@ class TestTriton:
             NSAConfig(16, 4, 16, 4, 0, 1, 64),
             NSAConfig(8, 4, 32, 3, 1, 2, 1),  # forced blocks alone
             NSAConfig(32, 16, 64, 6, 1, 2, 100),
+            NSAConfig(16, 16, 128, 4, 1, 1, 70),  # blocks of several tiles
         ],
         ids=str,
     )

@@ -12,7 +12,7 @@ from nsa_transformer.kernels.paged import PagedKeysValues
 from nsa_transformer.kernels.triton.common import LOG2E, precision
 from nsa_transformer.kernels.triton.decode_kernels import decode_combine, decode_scan, decode_selected
 
-STAGES = 3
+BESIDE = 16 << 10  # bytes of shared memory for what is not tiles of keys and values
 MOST_SPLITS = 64
 COMPARED = 1024  # blocks whose importance is compared at once
 
@@ -23,7 +23,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     kv_heads, dv, max_pages = cache.k_slc.shape[1], cache.v_slc.shape[3], cache.pages.shape[1]
     group, pairs = heads // kv_heads, sequences * kv_heads
     blocks = 64 // (config.select_block // config.compress_stride)  # of a page
-    multiprocessors, pdl = _chip(q.device)
+    multiprocessors, pdl, shared = _chip(q.device)
     splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
     near_splits = min(cache.k_win.shape[2] // 64, chosen_splits)
     span = min(triton.next_power_of_2(max_pages), max(1, COMPARED // blocks))
@@ -37,18 +37,21 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     chosen = torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
     out = q.new_empty(sequences, heads, dv)
     q, gates = q.contiguous(), gates.contiguous()
-    widths = {"DV": dv, "DVP": triton.next_power_of_2(dv)}
+    widths, padded = {"DV": dv, "DVP": triton.next_power_of_2(dv)}, triton.next_power_of_2(dk)
+    full = q.dtype == torch.float32  # products on the ordinary cores, which take many registers
+    # A tile of keys and values ahead of the one that is attended, where there is room for both beside the queries.
+    ahead = 2 * 64 * (padded + widths["DVP"]) * q.element_size() + BESIDE <= shared
     shape = widths | {
         "HKV": kv_heads,
         "G": group,
         "GP": max(16, triton.next_power_of_2(group)),
         "DK": dk,
-        "DKP": triton.next_power_of_2(dk),
+        "DKP": padded,
         "BLOCK": config.compress_block,
         "STRIDE": config.compress_stride,
         "SELECT": config.select_block,
         "PRECISION": precision(q.dtype),
-        "STAGES": 1 if q.dtype == torch.float32 else STAGES,
+        "STAGES": 1 if full else 3 if ahead else 2,
     }
     # The attribute itself is for compute capability 9.0 and later, and so is the instruction that waits.
     launch = {"PDL": pdl, "launch_pdl": pdl}
@@ -63,7 +66,8 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
         N=config.num_selected, NP=triton.next_power_of_2(config.num_selected), INITIAL=config.num_initial, LOCAL=config.num_local,
         WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits, SPLITS=chosen_splits, SPAN=span, ONCE=max_pages <= span,
         QUANTIZED=cache.k_scale is not None, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
-        TILE=max(16, config.select_block), num_warps=4, **scan_span, **shape, **launch,
+        TILE=max(16, min(config.select_block, 32 if full else 64)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
+        **scan_span, **shape, **launch,
     )  # fmt: skip
     decode_combine[(pairs * group,)](
         gates, *scan, *near, *part, out, G=group, NEAR_SPLITS=near_splits, NEAR_SPAN=triton.next_power_of_2(near_splits),
@@ -81,10 +85,10 @@ def _splits(pairs: int, max_pages: int, num_selected: int, multiprocessors: int)
     return min(splits, max_pages, MOST_SPLITS), min(share, num_selected)
 
 
-def _chip(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether a kernel may be launched while the one before it runs. The interpreter passes for one with few, so that splits are many
-    pages long."""
+def _chip(device: torch.device) -> tuple[int, bool, int]:
+    """Multiprocessors, whether a kernel may be launched while the one before it runs, and bytes of shared memory for a program. The interpreter passes for a
+    chip with few multiprocessors, so that splits are many pages long."""
     if triton.knobs.runtime.interpret:
-        return 8, False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
+        return 8, False, 99 << 10
+    found = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device() if device.index is None else device.index)
+    return found["multiprocessor_count"], torch.cuda.get_device_capability(device)[0] >= 9, found["max_shared_mem"]

@@ -257,14 +257,17 @@ def decode_selected(
     acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    row = tl.arange(0, TILE)  # a tile has at least 16 rows, a block may have 8
+    PARTS: tl.constexpr = (SELECT + TILE - 1) // TILE  # tiles of a block; a tile has at least 16 rows, a block may have 8
+    row = tl.arange(0, TILE)
     places = tl.load(pages + sequence * max_pages + tl.maximum(found, 0) * SELECT // TOKENS, mask=found >= 0, other=0)
-    for slot in tl.range(split, N, SPLITS, num_stages=STAGES):
+    for unit in tl.range(split, N * PARTS, SPLITS, num_stages=STAGES):
+        slot = unit // PARTS
+        line = unit % PARTS * TILE + row  # of the block
         block = tl.max(tl.where(slots == slot, found, -1), 0)
-        inside = (block >= 0) & (block * SELECT + row < length) & (row < SELECT)
+        inside = (block >= 0) & (block * SELECT + line < length) & (line < SELECT)
         first = tl.maximum(block, 0) * SELECT
         page = tl.max(tl.where(slots == slot, places, 0), 0).to(tl.int64)
-        at = (page * HKV + pair % HKV) * TOKENS + first % TOKENS + row
+        at = (page * HKV + pair % HKV) * TOKENS + first % TOKENS + line
         factor = tl.full([TILE], 1.0, tl.float32)
         key_scale = tl.full([TILE], 1.0, tl.float32) * scale
         if QUANTIZED:
@@ -276,7 +279,7 @@ def decode_selected(
                 keys = small_keys.to(queries.dtype)
                 values = small_values.to(queries.dtype)
             else:
-                ring = pair * RECENT + first % RECENT + row
+                ring = pair * RECENT + first % RECENT + line
                 keys = _tile(k_recent, ring, inside, DK, DKP)
                 values = _tile(v_recent, ring, inside, DV, DVP)
         else:
