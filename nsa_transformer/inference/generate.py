@@ -258,7 +258,8 @@ class TextStream:
             return self._decoder.decode(self.tokenizer.decode_bytes([token]))
         self._ids.append(token)
         text = self._behind()
-        if not text or text.endswith("\ufffd"):
+        # A character is at most four bytes, each at least a part of a token: what is none by then will not become one.
+        if (not text or text.endswith("\ufffd")) and len(self._ids) - self._known < 4:
             return ""
         self._ids = self._ids[self._known :]
         self._known = len(self._ids)

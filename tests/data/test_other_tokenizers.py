@@ -120,6 +120,21 @@ def test_text_that_comes_token_by_token(loaded: Tokenizer, text: str, monkeypatc
     assert longest <= 12, "not all of it again for every token"
 
 
+def test_bytes_that_never_become_text_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama2(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path)
+    byte, stream, longest, decode = loaded._backend.token_to_id("<0xFF>"), TextStream(loaded), 0, loaded.decode
+
+    def watched(some: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(some))
+        return decode(some)
+
+    monkeypatch.setattr(loaded, "decode", watched)
+    assert "".join([*(stream.add(byte) for _ in range(100)), stream.rest()]) == "\ufffd" * 100
+    assert longest <= 8
+
+
 @pytest.mark.parametrize(("kind", "byte_level"), [(gpt2, True), (qwen, True), (llama2, False), (unigram, False)])
 def test_bytes_that_are_no_text(kind, byte_level: bool, tmp_path: Path) -> None:
     kind(tmp_path / "tokenizer.json")
