@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsa_transformer.config import Config, ConfigError, ExpertOffloadingConfig, KVCacheConfig, build_config, unknown_key_message
+from nsa_transformer.config import GROUPS, Config, ConfigError, ExpertOffloadingConfig, KVCacheConfig, build_config, unknown_key_message
 from nsa_transformer.utils.files import expand_home
 from nsa_transformer.utils.threads import limit_spinning
 
@@ -31,7 +31,6 @@ PLANNED = {
     "export": "write a run as one folder of weights, settings and tokenizer",
     "convert": "turn a Hugging Face model into a checkpoint",
 }
-GROUPS = ("model", "training", "memory", "data", "logging")  # of Hydra, whose choices are files in configs/
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -323,7 +322,8 @@ def _plan(options: argparse.Namespace) -> int:
     import torch
 
     from nsa_transformer.inference.load import saved_config
-    from nsa_transformer.inference.plan import GIB, describe_plan
+    from nsa_transformer.inference.plan import describe_plan
+    from nsa_transformer.utils.hardware import GIB
 
     runs = [word for word in options.words if "=" not in word]
     if runs and len(options.words) > 1:

@@ -6,7 +6,7 @@ This package imports the standard library alone, so that the kernels can use `NS
 """
 
 from nsa_transformer.config.fields import ConfigError
-from nsa_transformer.config.mapping import all_keys, build_config, to_dict, unknown_key_message
+from nsa_transformer.config.mapping import GROUPS, all_keys, build_config, to_dict, unknown_key_message
 from nsa_transformer.config.model import ModelConfig, MoEConfig, NSAConfig
 from nsa_transformer.config.run import (
     Config,
@@ -26,6 +26,7 @@ from nsa_transformer.config.run import (
 )
 
 __all__ = [
+    "GROUPS",
     "Config",
     "ConfigError",
     "CudaKernelsConfig",

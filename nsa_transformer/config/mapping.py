@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from nsa_transformer.config.fields import ConfigError, coerce
 from nsa_transformer.config.run import Config
 
+GROUPS = ("model", "training", "memory", "data", "logging")  # whose choices are files in configs/
 T = TypeVar("T")
 
 

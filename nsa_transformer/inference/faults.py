@@ -10,8 +10,7 @@ import torch
 from nsa_transformer.models.cache import KVCache
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.training.faults import is_out_of_memory
-
-GIB = 2**30
+from nsa_transformer.utils.hardware import GIB
 
 
 class OutOfMemory(ValueError, RuntimeError):

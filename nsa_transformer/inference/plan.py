@@ -9,8 +9,7 @@ from nsa_transformer.inference.load import on_meta
 from nsa_transformer.memory.expert_offload import FREE_SHARE, most_bytes
 from nsa_transformer.models.cache_size import cache_size
 from nsa_transformer.models.transformer import count_parameters, mixtures
-
-GIB = 2**30
+from nsa_transformer.utils.hardware import GIB
 
 
 def describe_plan(config: Config, dtype: torch.dtype, length: int, batch: int, memory: tuple[float, str] | None) -> str:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from nsa_transformer.config import ConfigError, ExpertOffloadingConfig
 from nsa_transformer.kernels import dispatch
 from nsa_transformer.memory.copy_lane import CopyLane
-from nsa_transformer.memory.host import GIB
 from nsa_transformer.memory.host_arena import HostArena
 from nsa_transformer.models.moe import MixtureOfExperts, Router
+from nsa_transformer.utils.hardware import GIB
 
 STREAM_BYTES = 64 << 20  # of a buffer of streaming: over 1 ms of the link, beside which launches and the first bytes' latency are nothing
 STREAM_SHARE = 1 / 8  # of the budget, at most, for both buffers

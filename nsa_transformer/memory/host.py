@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import ConfigError
-from nsa_transformer.utils.hardware import memory_bytes
+from nsa_transformer.utils.hardware import GIB, memory_bytes
 
 # Elements that are moved and computed at once: 16 MiB in float32. What one operation wrote, the next one finds in the caches of the cores, and a few hundred
 # such parts of a large model cost little to start.
@@ -22,7 +22,6 @@ CHUNK = 1 << 22
 ALIGN = 16  # elements: a cache line of float32
 RUN = 1 << 15  # elements whose norm one core takes
 IN_FLIGHT = 512 << 20  # bytes of gradients that may wait on the device to be added up; past that the backward waits
-GIB = 2**30
 
 
 def host_zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:

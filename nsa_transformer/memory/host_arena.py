@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from nsa_transformer.config import ConfigError
-from nsa_transformer.memory.host import GIB, host_zeros, page_lock
-from nsa_transformer.utils.hardware import memory_bytes
+from nsa_transformer.memory.host import host_zeros, page_lock
+from nsa_transformer.utils.hardware import GIB, memory_bytes
 
 
 class HostArena:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from nsa_transformer.memory.expert_streaming import host_weights
-from nsa_transformer.memory.host import ALIGN, CHUNK, GIB, check_host_memory, host_zeros, link_to, norm_of_parts
+from nsa_transformer.memory.host import ALIGN, CHUNK, check_host_memory, host_zeros, link_to, norm_of_parts
 from nsa_transformer.models.transformer import Transformer
+from nsa_transformer.utils.hardware import GIB
 
 HOST_BYTES = 16  # of a parameter: master, two moments, sum of gradients
 

@@ -9,11 +9,9 @@ import sysconfig
 from typing import Any
 
 from nsa_transformer.kernels import dispatch
-from nsa_transformer.utils.hardware import describe_machine, installed_version
+from nsa_transformer.utils.hardware import GIB, describe_machine, installed_version
 
 __all__ = ["doctor_report"]
-
-GIB = 1024**3
 
 # Distribution, what it is for, how to get it.
 _OPTIONAL = (

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nsa_transformer.config import Config, ConfigError, build_config, to_dict, unknown_key_message
+from nsa_transformer.config import GROUPS, Config, ConfigError, build_config, to_dict, unknown_key_message
 from nsa_transformer.distributed.checkpoint import CONFIG, find_damage, list_checkpoints, newest_valid, read_config, step_of
 
-GROUPS = ("model", "training", "memory", "data", "logging")
 # What a continued run cannot change, since its weights, moments or place in the data depend on it.
 FIXED = (
     *("data.max_length", "data.pack_buffer", "data.length_curriculum", "data.path", "data.val_path", "data.val_fraction", "data.text_column"),

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe_machine", "device_name", "peak_flops", "peak_flops_by_name"]
+GIB = 2**30
+
+__all__ = ["GIB", "describe_machine", "device_name", "peak_flops", "peak_flops_by_name"]
 
 # Dense tensor-core peak in TFLOP/s for bf16 inputs with fp32 accumulation, by the name that the driver reports, without the maker's words.
 # Data sheets that print only the figure "with sparsity" are halved. H100 SXM, PCIe and NVL are three different chips' worth of clock and units.

@@ -21,9 +21,9 @@ from nsa_transformer.kernels import experts
 from nsa_transformer.kernels.dispatch import triton_missing
 from nsa_transformer.memory import expert_offload, host_arena
 from nsa_transformer.memory.expert_offload import ExpertStore, offload_experts, store_of
-from nsa_transformer.memory.host import GIB
 from nsa_transformer.memory.host_arena import HostArena
 from nsa_transformer.models.moe import MixtureOfExperts
+from nsa_transformer.utils.hardware import GIB
 
 from ..models.small import random_tokens, small_config, small_model
 
