@@ -35,7 +35,7 @@ class PagedKeysValues:
     """One layer's keys and values of B sequences. Position t of sequence b lies in page `pages[b, t // tokens]`, `tokens = page_tokens(config)`, and in a
     ring at `t %` its size.
 
-    pages              int32 [B, max_pages], entries beyond a sequence's length are never read
+    pages              int32 [B, max_pages], entries beyond a sequence's length count for nothing, whatever they are
     lengths            int32 [B], tokens of each sequence, the newest included; 0: there is no such sequence
     k_cmp, v_cmp       [pages, Hkv, rows, Dk or Dv], rows = page_rows(config), compressed key i at i % rows
     k_slc, v_slc       [pages, Hkv, tokens, Dk or Dv], in the compute dtype or e4m3
