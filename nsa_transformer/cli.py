@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit_spinning()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    told: set[str] = set()
+
+    def tell(message: Warning | str, *_: object, **__: object) -> None:
+        """Each once, without the place in the code."""
+        if str(message) not in told:
+            told.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning, before = tell, warnings.showwarning
     try:
         if options.command in PLANNED:
             raise ConfigError(f"nsa {options.command} is not built yet")
@@ -62,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        warnings.showwarning = before
 
 
 def _parser() -> argparse.ArgumentParser:

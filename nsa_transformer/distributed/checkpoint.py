@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,8 @@ def _new_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, 
 
 
 def resolve_weights(path: str, key: str) -> Path:
-    """The folder with weights that a user means by a run, one checkpoint of it, or an export. Raises `ConfigError` naming `key`."""
+    """The folder with weights that a user means by a run, one checkpoint of it, or an export. Raises `ConfigError` naming `key`; warns where a run's newest
+    checkpoint is damaged and an older one is taken."""
     folder = expand_home(path)
     if not folder.exists():
         raise ConfigError(f"{key}={path} does not exist; name a run, one checkpoint of it, or an export")
@@ -248,6 +250,8 @@ def resolve_weights(path: str, key: str) -> Path:
     newest = newest_valid(folder, problems.append)
     if newest is None:
         raise ConfigError(f"{key}={path} holds damaged checkpoints alone; {problems[0]}")
+    if problems:
+        warnings.warn(f"{'; '.join(problems)}; taking {newest}", stacklevel=2)
     return newest
 
 

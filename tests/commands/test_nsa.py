@@ -213,6 +213,14 @@ def test_plan(finished: Path) -> None:
     assert "320 bytes a token (selected 256, compressed 64)" in out and "1 x 2,048 tokens" in out
 
 
+def test_an_older_checkpoint_is_not_taken_silently(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-2:]
+    (newest / "model.safetensors").write_bytes(b"cut")
+    status, _, err = nsa("generate", str(tmp_path / "run"), "--prompt", "abc", "--max-new-tokens", "1", "--device", "cpu")
+    assert status == 0 and err.startswith("warning: passing over a damaged checkpoint: ") and f"; taking {older}\ncache: " in err and err.count("\n") == 2
+
+
 def test_nsa_is_a_command(tmp_path: Path) -> None:
     done = command("-m", "nsa_transformer.cli", "serve", "runs/x", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nsa serve is not built yet\n")
