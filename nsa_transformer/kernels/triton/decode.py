@@ -1,4 +1,4 @@
-"""Decoding in Triton: one new token of each sequence against its cache, in three launches of fixed shape that wait for nothing on the host.
+"""Decoding in Triton: one new token of each sequence against its cache, in four launches of fixed shape that wait for nothing on the host.
 `decode_kernels.py` has the kernels."""
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.paged import PagedKeysValues
 from nsa_transformer.kernels.triton.common import LOG2E, precision
-from nsa_transformer.kernels.triton.decode_kernels import decode_combine, decode_scan, decode_selected
+from nsa_transformer.kernels.triton.decode_kernels import decode_combine, decode_rank, decode_scan, decode_selected
 
 BESIDE = 16 << 10  # bytes of shared memory for what is not tiles of keys and values
 MOST_SPLITS = 64
-COMPARED = 1024  # blocks whose importance is compared at once
+STRETCH = 128  # blocks that a program of `decode_rank` compares, or as many more as leave no more than
+CANDIDATES = 128  # blocks of a pair to `decode_selected`
 
 
 def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float) -> tuple[Tensor, Tensor]:
@@ -26,13 +27,16 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     multiprocessors, pdl, shared = _chip(q.device)
     splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
     near_splits = min(cache.k_win.shape[2] // 64, chosen_splits)
-    span = min(triton.next_power_of_2(max_pages), max(1, COMPARED // blocks))
+    group_rows, kept = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(config.num_selected)
+    compared = min(STRETCH, 8192 // group_rows)  # blocks at once, as registers allow
+    stretch = max(STRETCH, triton.next_power_of_2(triton.cdiv(max_pages * blocks, max(1, CANDIDATES // kept))))
+    stretches = triton.cdiv(max_pages * blocks, stretch)
     # One piece of memory for what the kernels hand on, each part beginning at a multiple of 128 bytes.
-    counts = [pairs * group * max_pages * blocks, *[pairs * group * max_pages] * 2]
+    counts = [2 * pairs * stretches * kept, pairs * group * max_pages * blocks, *[pairs * group * max_pages] * 2]
     for count in (splits, near_splits, chosen_splits):
         counts += [pairs * count * group * dv, *[pairs * count * group] * 2]
     room = [-(-count // 32) * 32 for count in counts]
-    shares, spills, peaks, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
+    best, shares, spills, peaks, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
     scan, near, part = parts[:3], parts[3:6], parts[6:]
     chosen = torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
     out = q.new_empty(sequences, heads, dv)
@@ -42,32 +46,33 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     # A tile of keys and values ahead of the one that is attended, where there is room for both beside the queries.
     ahead = 2 * 64 * (padded + widths["DVP"]) * q.element_size() + BESIDE <= shared
     shape = widths | {
-        "HKV": kv_heads,
-        "G": group,
-        "GP": max(16, triton.next_power_of_2(group)),
         "DK": dk,
         "DKP": padded,
-        "BLOCK": config.compress_block,
-        "STRIDE": config.compress_stride,
-        "SELECT": config.select_block,
         "PRECISION": precision(q.dtype),
         "STAGES": 1 if full else 3 if ahead else 2,
     }
+    heads_of = {"HKV": kv_heads, "G": group, "GP": group_rows}
+    runs = {"STRIDE": config.compress_stride, "SELECT": config.select_block}
+    choice = {"N": config.num_selected, "NP": kept, "INITIAL": config.num_initial, "LOCAL": config.num_local}
     # The attribute itself is for compute capability 9.0 and later, and so is the instruction that waits.
     launch = {"PDL": pdl, "launch_pdl": pdl}
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
-        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages,
-        SPLITS=splits, EARLY=pairs * (splits + chosen_splits) <= 2 * multiprocessors, num_warps=4, **shape, **launch,
+        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
+        SPLITS=splits, EARLY=pairs * (splits + chosen_splits) <= 2 * multiprocessors, num_warps=4, **heads_of, **runs, **shape, **launch,
     )  # fmt: skip
+    if config.num_selected > config.num_initial + config.num_local:  # else all are forced
+        decode_rank[(stretches, pairs)](
+            shares, spills, peaks, cache.lengths, scan[1], scan[2], best.view(torch.int64), max_pages, BLOCK=config.compress_block, STRETCH=stretch,
+            SIZE=compared, num_warps=4, **heads_of, **runs, **choice, **scan_span, **launch,
+        )  # fmt: skip
     decode_selected[(chosen_splits, pairs)](
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
-        shares, spills, peaks, scan[1], scan[2], *near, *part, chosen, scale * LOG2E, max_pages,
-        N=config.num_selected, NP=triton.next_power_of_2(config.num_selected), INITIAL=config.num_initial, LOCAL=config.num_local,
-        WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits, SPLITS=chosen_splits, SPAN=span, ONCE=max_pages <= span,
-        QUANTIZED=cache.k_scale is not None, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
+        best.view(torch.int64), *near, *part, chosen, scale * LOG2E, max_pages, WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits,
+        SPLITS=chosen_splits, CANDIDATES=stretches * kept, CANDIDATES_SPAN=triton.next_power_of_2(stretches * kept), QUANTIZED=cache.k_scale is not None,
+        THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
         TILE=max(16, min(config.select_block, 32 if full else 64)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
-        **scan_span, **shape, **launch,
+        **heads_of, **runs, **choice, **shape, **launch,
     )  # fmt: skip
     decode_combine[(pairs * group,)](
         gates, *scan, *near, *part, out, G=group, NEAR_SPLITS=near_splits, NEAR_SPAN=triton.next_power_of_2(near_splits),

@@ -1,9 +1,9 @@
 """The kernels of `decode.py`: one new token of each sequence against its cache, the work split over keys.
 
-Three launches, none of which waits for a counter: `decode_scan` takes the compressed keys in splits; `decode_selected` the window in splits, then, each
-program for itself, chooses the blocks from what the scan left and takes its share of them; `decode_combine` adds up. From compute capability 9.0 on
-each is launched while the one before it still runs (PDL: programmatic dependent launch) and waits, once it has started, for what it reads: the window, which
-needs nothing of the scan, is read meanwhile. Sums go over the splits in their order.
+Four launches, none of which waits for a counter: `decode_scan` takes the compressed keys in splits; `decode_rank` compares stretches of blocks and leaves the
+best of each; `decode_selected` takes the window in splits, then, each program for itself, chooses the blocks among those and takes its share of them;
+`decode_combine` adds up. From compute capability 9.0 on each is launched while the one before it still runs (PDL: programmatic dependent launch) and waits,
+once it has started, for what it reads: the window, which needs nothing of the scan, is read while blocks are compared. Sums go over the splits in their order.
 
 Shape letters: B sequences, HKV key/value heads, G query heads of each, GP the power of two from max(G, 16) on; DK, DV head widths, DKP, DVP powers of two
 from them on. A page is 64 compressed keys and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e. A split's part is its attention
@@ -43,14 +43,28 @@ def _safe(peak):
 
 
 @triton.jit
-def _step(acc, peak, total, s, values, factor, PRECISION: tl.constexpr):
-    """One tile of the online softmax: scores s [GP, N] in base 2, -inf where not seen; values [N, DVP], each row times factor [N]."""
+def _weigh(peak, total, s):
+    """Of scores s [GP, N] in base 2, -inf where not seen: their weights, what is left of earlier sums [GP], and the new largest score and sum [GP]."""
     new_peak = tl.maximum(peak, tl.max(s, 1))
     shift = _safe(new_peak)
     p = tl.exp2(s - shift[:, None])
     fade = tl.exp2(peak - shift)
-    acc = add_dot((p * factor[None, :]).to(values.dtype), values, acc * fade[:, None], PRECISION)
-    return acc, new_peak, total * fade + tl.sum(p, 1)
+    return p, fade, new_peak, total * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def _step(acc, peak, total, s, values, PRECISION: tl.constexpr):
+    """One tile of the online softmax: scores as `_weigh` takes them, values [N, DVP]."""
+    p, fade, peak, total = _weigh(peak, total, s)
+    return add_dot(p.to(values.dtype), values, acc * fade[:, None], PRECISION), peak, total
+
+
+@triton.jit
+def _step_of_two(acc, peak, total, s, small_values, factor, values, PRECISION: tl.constexpr):
+    """The same with rows whose values are small_values times factor [N], or values; the other one is 0."""
+    p, fade, peak, total = _weigh(peak, total, s)
+    acc = add_dot((p * factor[None, :]).to(values.dtype), small_values, acc * fade[:, None], PRECISION)
+    return add_dot(p.to(values.dtype), values, acc, PRECISION), peak, total
 
 
 @triton.jit
@@ -78,66 +92,32 @@ def _log_sum(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr
 
 
 @triton.jit
-def _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, SPAN: tl.constexpr, BLOCKS: tl.constexpr):
-    """How much probability falls on each block of SPAN pages from `first` on, summed over the heads: [SPAN, BLOCKS]. A block has what its page's keys give it
-    and, as the first of its page, what the last key of the page before spills into it; each relative to the largest score seen when it was computed."""
-    page = first + tl.arange(0, SPAN)
-    block = tl.arange(0, BLOCKS)
+def _importance(log_sum, shares, spills, peaks, pair, block, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, BLOCKS: tl.constexpr):
+    """How much probability falls on each block [SIZE], summed over the heads. A block has what its page's keys give it and, as the first of its page, what the
+    last key of the page before spills into it; each relative to the largest score seen when it was computed."""
     head = tl.arange(0, GP)
-    here = page < num_pages
-    behind = (page > 0) & (page <= num_pages)
-    total = tl.zeros([SPAN, BLOCKS], tl.float32)
-    spilled = tl.zeros([SPAN], tl.float32)
-    for g in tl.static_range(G):
-        shift = tl.max(tl.where(head == g, log_sum, float("-inf")), 0)
-        at = (pair * G + g) * max_pages + page
-        # exp2(-inf - x) is 0, so what is not there counts nothing.
-        factor = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf")) - shift)
-        before = tl.exp2(tl.load(peaks + at - 1, mask=behind, other=float("-inf")) - shift)
-        total += tl.load(shares + at[:, None] * BLOCKS + block[None, :], mask=here[:, None], other=0.0) * factor[:, None]
-        spilled += tl.load(spills + at - 1, mask=behind, other=0.0) * before
-    return total + tl.where(block[None, :] == 0, spilled[:, None], 0.0)
+    page = block // BLOCKS
+    here = (head < G)[:, None] & (page < num_pages)[None, :]
+    behind = (head < G)[:, None] & ((block % BLOCKS == 0) & (page > 0) & (page <= num_pages))[None, :]
+    at = (pair * G + head)[:, None] * max_pages + page[None, :]
+    # exp2(-inf - x) is 0, so what is not there counts nothing.
+    own = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf")) - log_sum[:, None])
+    before = tl.exp2(tl.load(peaks + at - 1, mask=behind, other=float("-inf")) - log_sum[:, None])
+    share = tl.load(shares + at * BLOCKS + (block % BLOCKS)[None, :], mask=here, other=0.0)
+    return tl.sum(share * own + tl.load(spills + at - 1, mask=behind, other=0.0) * before, 0)
 
 
 @triton.jit
-def _choose(
-    log_sum, shares, spills, peaks, pair, num_pages, max_pages, t, G: tl.constexpr, GP: tl.constexpr, SPAN: tl.constexpr, BLOCKS: tl.constexpr,
-    ONCE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-):  # fmt: skip
-    """The N blocks of a query at position t, [NP], -1 where there are fewer: all, if they are few; else the most important, then the forced ones. ONCE: SPAN
-    pages are all that any sequence has."""
+def _largest(key, NP: tl.constexpr, SIZE: tl.constexpr):
+    """The NP largest of SIZE int64 keys, falling, -1 where there are fewer: [NP]. Keys differ but for those of -1, which count nothing."""
     slot = tl.arange(0, NP)
-    mine = t // SELECT
-    if mine < N:
-        found = tl.where((slot <= mine) & (t >= 0), slot, -1)
+    if SIZE <= 128:  # every key is compared with every other: one exchange between threads where sorting has dozens
+        rank = tl.sum((key[None, :] > key[:, None]).to(tl.int32), 1)
+        return tl.max(tl.where(rank[:, None] == slot[None, :], key[:, None], -1), 0)
     else:
-        FREE: tl.constexpr = N - INITIAL - LOCAL
-        found = slot - FREE + tl.where(slot < FREE + INITIAL, 0, mine - LOCAL + 1 - INITIAL)
-        if FREE > 0:
-            best = tl.full([NP], -1, tl.int64)
-            for first in range(0, mine // BLOCKS + 1, SPAN):
-                value = _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G, GP, SPAN, BLOCKS)
-                block = (first + tl.arange(0, SPAN))[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-                # Importance is not negative, so its bits rise with it; of equals the first block is the larger key.
-                key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
-                key = tl.where((block >= INITIAL) & (block <= mine - LOCAL), key, -1)
-                key = _largest(key, FREE, NP, SPAN * BLOCKS)
-                # Of two falling rows, one turned round, the larger of each place are the largest of both.
-                best = key if ONCE else tl.sort(tl.maximum(best, tl.flip(key, 0)), descending=True)
-            found = tl.where(slot < FREE, 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32), found)
-    return tl.where(slot < N, found, -1)
-
-
-@triton.jit
-def _largest(key, COUNT: tl.constexpr, NP: tl.constexpr, SIZE: tl.constexpr):
-    """The COUNT largest of a two-dimensional tile of SIZE different keys, falling, then any or -1: [NP]. Few are sorted, many looked through COUNT times."""
-    if (SIZE > NP) & (SIZE <= 256):
-        return tl.topk(tl.reshape(key, [SIZE], can_reorder=True), NP)
-    else:
-        slot = tl.arange(0, NP)
         found = tl.full([NP], -1, tl.int64)
-        for turn in range(COUNT):
-            top = tl.max(tl.max(key, 1), 0)
+        for turn in range(NP):
+            top = tl.max(key, 0)
             found = tl.where(slot == turn, top, found)
             key = tl.where(key == top, -1, key)
         return found
@@ -205,19 +185,54 @@ def decode_scan(
     _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
+@triton.jit(repr=lambda _: "decode_rank", do_not_specialize=["max_pages"])
+def decode_rank(
+    shares, spills, peaks, lengths, scan_peak, scan_sum, best, max_pages,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, STRETCH: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid [stretches, B * HKV]. best int64 [B * HKV, stretches, NP]: of STRETCH blocks the most important that are not forced, as keys, falling, then -1. Of
+    equals the first block is the larger key. SIZE blocks are compared at once. Nothing is written for a sequence that has no more than N blocks."""
+    BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)
+    stretch = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+    length = tl.load(lengths + pair // HKV)
+    if PDL:
+        gdc_wait()
+    mine = (length - 1) // SELECT
+    if (length > 0) & (mine >= N):
+        visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
+        num_pages = (visible + ROWS - 1) // ROWS
+        log_sum = _log_sum(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
+        kept = tl.full([NP], -1, tl.int64)
+        for first in range(stretch * STRETCH, tl.minimum((stretch + 1) * STRETCH, mine - LOCAL + 1), SIZE):
+            block = first + tl.arange(0, SIZE)
+            value = _importance(log_sum, shares, spills, peaks, pair, block, num_pages, max_pages, G, GP, BLOCKS)
+            # Importance is not negative, so its bits rise with it.
+            key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+            key = tl.where((block >= INITIAL) & (block <= mine - LOCAL), key, -1)
+            found = _largest(key, NP, SIZE)
+            # Of two falling rows, one turned round, the larger of each place are the largest of both.
+            kept = found if STRETCH == SIZE else tl.sort(tl.maximum(kept, tl.flip(found, 0)), descending=True)
+        slot = tl.arange(0, NP)
+        tl.store(best + (pair * tl.num_programs(0) + stretch) * NP + slot, kept)
+
+
 @triton.jit(repr=lambda _: "decode_selected", do_not_specialize=["max_pages"])
 def decode_selected(
-    q, k_slc, v_slc, k_win, v_win, k_scale, v_scale, k_recent, v_recent, pages, lengths, shares, spills, peaks, scan_peak, scan_sum,
+    q, k_slc, v_slc, k_win, v_win, k_scale, v_scale, k_recent, v_recent, pages, lengths, best,
     near_out, near_peak, near_sum, part_out, part_peak, part_sum, chosen, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    WINDOW: tl.constexpr, RING: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, NEAR_SPLITS: tl.constexpr, SPLITS: tl.constexpr,
-    SPAN: tl.constexpr, ONCE: tl.constexpr, QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, NEAR_SPLITS: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, CANDIDATES_SPAN: tl.constexpr,
+    QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. chosen int32 [B, HKV, N]; near: the window's parts, NEAR_SPLITS of them. QUANTIZED: pages hold e4m3 with a scale for each row,
-    and the blocks that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens instead. SPAN: pages whose blocks are compared at once."""
-    BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)
+    """Grid [SPLITS, B * HKV]. best int64 [B * HKV, CANDIDATES] as `decode_rank` left them; chosen int32 [B, HKV, N]; near: the window's parts, NEAR_SPLITS of
+    them. QUANTIZED: pages hold e4m3 with a scale for each row, and the blocks that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens
+    instead."""
     TOKENS: tl.constexpr = ROWS * STRIDE  # of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -231,7 +246,6 @@ def decode_selected(
     total = tl.zeros([GP], tl.float32)
     if split < NEAR_SPLITS:
         tile_row = tl.arange(0, ROWS)
-        one = tl.full([ROWS], 1.0, tl.float32)
         for tile in tl.range(split, RING // ROWS, NEAR_SPLITS, num_stages=STAGES):
             place = tile * ROWS + tile_row
             age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
@@ -239,21 +253,25 @@ def decode_selected(
             at = pair * RING + place
             s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
             s = tl.where(inside[None, :], s, float("-inf"))
-            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), one, PRECISION)
+            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
         _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
     if PDL:
         gdc_wait()
-    visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
-    log_sum = _log_sum(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
-    found = _choose(
-        log_sum, shares, spills, peaks, pair, (visible + ROWS - 1) // ROWS, max_pages, length - 1, G, GP, SPAN, BLOCKS, ONCE, SELECT, N, NP, INITIAL, LOCAL
-    )
-    # Through memory, where every program of a pair writes the same: sorting leaves the blocks spread over threads in a way that Triton 3.6 reduces wrongly
-    # (it takes the first lanes of a warp to hold different elements).
     slots = tl.arange(0, NP)
-    tl.store(chosen + pair * N + slots, found, mask=slots < N)
-    tl.debug_barrier()
-    found = tl.load(chosen + pair * N + slots, mask=slots < N, other=-1)
+    mine = (length - 1) // SELECT
+    if mine < N:
+        found = tl.where((slots <= mine) & (length > 0), slots, -1)
+    else:  # the most important, then the forced ones
+        FREE: tl.constexpr = N - INITIAL - LOCAL
+        found = slots - FREE + tl.where(slots < FREE + INITIAL, 0, mine - LOCAL + 1 - INITIAL)
+        if FREE > 0:
+            number = tl.arange(0, CANDIDATES_SPAN)
+            key = tl.load(best + pair * CANDIDATES + number, mask=number < CANDIDATES, other=-1)
+            free = _largest(key, NP, CANDIDATES_SPAN)  # at least FREE: a sequence that has so many blocks has not fewer to choose from
+            found = tl.where(slots < FREE, 0x7FFFFFFF - (free & 0xFFFFFFFF).to(tl.int32), found)
+    found = tl.where(slots < N, found, -1)
+    if split == 0:
+        tl.store(chosen + pair * N + slots, found, mask=slots < N)
     acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
@@ -268,25 +286,22 @@ def decode_selected(
         first = tl.maximum(block, 0) * SELECT
         page = tl.max(tl.where(slots == slot, places, 0), 0).to(tl.int64)
         at = (page * HKV + pair % HKV) * TOKENS + first % TOKENS + line
-        factor = tl.full([TILE], 1.0, tl.float32)
-        key_scale = tl.full([TILE], 1.0, tl.float32) * scale
         if QUANTIZED:
-            if (block + 1) * SELECT <= length - THRESHOLD:
-                small_keys = _tile(k_slc, at, inside, DK, DKP)
-                small_values = _tile(v_slc, at, inside, DV, DVP)
-                factor = tl.load(v_scale + at, mask=inside, other=1.0)
-                key_scale = tl.load(k_scale + at, mask=inside, other=1.0) * scale
-                keys = small_keys.to(queries.dtype)
-                values = small_values.to(queries.dtype)
-            else:
-                ring = pair * RECENT + first % RECENT + line
-                keys = _tile(k_recent, ring, inside, DK, DKP)
-                values = _tile(v_recent, ring, inside, DV, DVP)
+            # From its page or from the ring, without a branch, in which nothing would be loaded ahead: what is not there is not read and counts as 0.
+            old = inside & ((block + 1) * SELECT <= length - THRESHOLD)
+            new = inside & ((block + 1) * SELECT > length - THRESHOLD)
+            ring = pair * RECENT + first % RECENT + line
+            small_keys = _tile(k_slc, at, old, DK, DKP).to(queries.dtype)
+            small_values = _tile(v_slc, at, old, DV, DVP).to(queries.dtype)
+            keys = _tile(k_recent, ring, new, DK, DKP)
+            values = _tile(v_recent, ring, new, DV, DVP)
+            s = tl.dot(queries, tl.trans(small_keys), input_precision=PRECISION) * tl.load(k_scale + at, mask=old, other=0.0).to(tl.float32)[None, :]
+            s = add_dot(queries, tl.trans(keys), s, PRECISION) * scale
+            factor = tl.load(v_scale + at, mask=old, other=0.0).to(tl.float32)
+            acc, peak, total = _step_of_two(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), small_values, factor, values, PRECISION)
         else:
-            keys = _tile(k_slc, at, inside, DK, DKP)
-            values = _tile(v_slc, at, inside, DV, DVP)
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * key_scale[None, :]
-        acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), values, factor, PRECISION)
+            s = tl.dot(queries, tl.trans(_tile(k_slc, at, inside, DK, DKP)), input_precision=PRECISION) * scale
+            acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), _tile(v_slc, at, inside, DV, DVP), PRECISION)
     _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
