@@ -274,8 +274,8 @@ def decode_selected(
             if (block + 1) * SELECT <= length - THRESHOLD:
                 small_keys = _tile(k_slc, at, inside, DK, DKP)
                 small_values = _tile(v_slc, at, inside, DV, DVP)
-                factor = tl.load(v_scale + at, mask=inside, other=1.0)
-                key_scale = tl.load(k_scale + at, mask=inside, other=1.0) * scale
+                factor = tl.load(v_scale + at, mask=inside, other=1.0).to(tl.float32)
+                key_scale = tl.load(k_scale + at, mask=inside, other=1.0).to(tl.float32) * scale
                 keys = small_keys.to(queries.dtype)
                 values = small_values.to(queries.dtype)
             else:
