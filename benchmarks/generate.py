@@ -37,7 +37,7 @@ from nsa_transformer.config import Config, KVCacheConfig, ModelConfig
 from nsa_transformer.inference.decoder import Decoder, why_not_recorded
 from nsa_transformer.inference.generate import PREFILL_CHUNK
 from nsa_transformer.inference.load import on_meta
-from nsa_transformer.kernels.paged import quantize_rows
+from nsa_transformer.kernels.paged import SCALE, quantize_rows
 from nsa_transformer.models import attention as attention_layers
 from nsa_transformer.models.cache import KVCache
 from nsa_transformer.models.cache_size import cache_size
@@ -104,7 +104,7 @@ def fill(model: Transformer, size: Size, settings: KVCacheConfig, device: torch.
     generator = torch.Generator(device).manual_seed(0)
     for layer in cache.layers:
         for store in layer.stores:
-            if store.dtype == torch.float32 and store.dim() == 3:  # scales of normal rows in e4m3
+            if store.dtype == SCALE and store.dim() == 3:  # scales of normal rows in e4m3
                 store.fill_(3.0 / 448)
                 continue
             for part in store.split(max(1, (1 << 26) * len(store) // store.numel())):
@@ -164,7 +164,7 @@ def bytes_read(model: Transformer, size: Size, settings: KVCacheConfig) -> float
         return weights + size.batch * size.length * width * dtype
     compressed = max(0, (size.length - nsa.compress_block) // nsa.compress_stride + 1)
     selected = min(size.length, nsa.num_selected * nsa.select_block)
-    per_row = width + 8 * config.num_layers * config.num_kv_heads if settings.quantization == "fp8" else width * dtype
+    per_row = width + 2 * SCALE.itemsize * config.num_layers * config.num_kv_heads if settings.quantization == "fp8" else width * dtype
     return weights + size.batch * ((compressed + min(size.length, nsa.window)) * width * dtype + selected * per_row)
 
 

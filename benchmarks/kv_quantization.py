@@ -32,7 +32,7 @@ from benchmarks.roundings import (
     by_block,
     by_channel,
     by_row,
-    by_row_16,
+    by_row_32,
     forgotten,
     key_error,
     queries_and_keys,
@@ -52,7 +52,7 @@ WIPED = Variant("old blocks wiped", forgotten, forgotten, 512)
 WAYS = (
     Variant("K a channel of a block, V a row", by_channel, by_row),
     Variant("a block", by_block, by_block),
-    Variant("a row, in bf16", by_row_16, by_row_16),
+    Variant("a row, in float32", by_row_32, by_row_32),
     Variant("a row, compressed ones too", by_row, by_row, compressed=by_row),
     Variant("none", unscaled, unscaled),
 )
@@ -147,7 +147,7 @@ def errors(model: Transformer, tokens: Tensor) -> list[Row]:
     sets = {"the model's": queries_and_keys(model, tokens)} | {f"synthetic, {kind}": [synthetic(kind)] for kind in SYNTHETIC}
     rows = []
     for name, pairs in sets.items():
-        for way in (by_row, by_row_16, by_channel, by_block, unscaled):
+        for way in (by_row, by_row_32, by_channel, by_block, unscaled):
             found = [key_error(q, k, way, size if name == "the model's" else 64) for q, k in pairs]
             rows.append({"set": name, "way": way.__name__} | {part: sum(each[part] for each in found) / len(found) for part in found[0]})
     return rows
@@ -196,7 +196,7 @@ def _memory(config: NSAConfig) -> str:
 
 
 def _errors(rows: list[Row]) -> str:
-    names = {"by_row": "a row", "by_row_16": "a row, in bf16", "by_channel": "a channel of a block", "by_block": "a block", "unscaled": "none"}
+    names = {"by_row": "a row", "by_row_32": "a row, in float32", "by_channel": "a channel of a block", "by_block": "a block", "unscaled": "none"}
     cells = [[row["set"], names[row["way"]], f"{row['keys']:.2%}", f"{row['scores']:.2%}", f"{row['nats']:.4f}"] for row in rows]
     return markdown_table(["keys", "a scale for", "error of keys", "of scores", "of scores, nats"], cells)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa_transformer.config import KVCacheConfig, NSAConfig
 from nsa_transformer.kernels import nsa_attention
-from nsa_transformer.kernels.paged import LARGEST, quantize_rows, recent_tokens, ring_tokens
+from nsa_transformer.kernels.paged import LARGEST, SCALE, quantize_rows, recent_tokens, ring_tokens
 from nsa_transformer.models.attention import NativeSparseAttention
 from nsa_transformer.models.cache import KVCache, SparseLayerCache, _write_pages
 from nsa_transformer.models.transformer import Transformer
@@ -29,14 +29,14 @@ def _by(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def by_row(x: Tensor, size: int) -> Tensor:
-    """A float32 scale for each token and head: what the cache does, to the bit."""
+    """A scale in bf16 for each token and head: what the cache does, to the bit."""
     stored, scale = quantize_rows(x)
     return stored.to(x.dtype) * scale.to(x.dtype)[..., None]
 
 
-def by_row_16(x: Tensor, size: int) -> Tensor:
-    """The same with scales in bf16."""
-    return _by(x, quantize_rows(x)[1].bfloat16().float()[..., None])
+def by_row_32(x: Tensor, size: int) -> Tensor:
+    """The same with scales in float32."""
+    return _by(x, (x.float().abs().amax(-1, keepdim=True) / LARGEST).clamp(min=1e-12))
 
 
 def by_channel(x: Tensor, size: int) -> Tensor:
@@ -63,8 +63,8 @@ def forgotten(x: Tensor, size: int) -> Tensor:
 
 # Bytes of scales for a token and head, of keys or of values: (width, block) -> bytes.
 SCALE_BYTES: dict[Way, Callable[[int, int], float]] = {
-    by_row: lambda width, size: 4,
-    by_row_16: lambda width, size: 2,
+    by_row: lambda width, size: SCALE.itemsize,
+    by_row_32: lambda width, size: 4,
     by_channel: lambda width, size: 4 * width / size,
     by_block: lambda width, size: 4 / size,
     unscaled: lambda width, size: 0,

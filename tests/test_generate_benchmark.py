@@ -155,7 +155,7 @@ def test_bytes_of_a_step() -> None:
     # One token visits half of the experts; 249 compressed keys, 64 of the window, 128 chosen, of 2 layers x 128 numbers in float32.
     row = 2 * 128 * 4
     assert bench.bytes_read(model, Size(1, 1000), KVCacheConfig()) == all_weights - routed / 2 + (249 + 64 + 128) * row
-    fp8 = all_weights - routed * 0.25 + 2 * ((249 + 64) * row + 128 * (2 * 128 + 8 * 2))
+    fp8 = all_weights - routed * 0.25 + 2 * ((249 + 64) * row + 128 * (2 * 128 + 4 * 2))
     assert bench.bytes_read(model, Size(2, 1000), KVCacheConfig("fp8")) == pytest.approx(fp8)
     dense = bench.build_model(small, "dense", CPU, torch.float32)
     assert bench.bytes_read(dense, Size(2, 1000), KVCacheConfig()) == pytest.approx(bench.weights_bytes(dense) - routed * 0.25 + 2 * 1000 * row)

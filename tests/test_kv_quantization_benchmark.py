@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import kv_quantization as bench
 from benchmarks import needles, roundings
-from benchmarks.roundings import Variant, by_block, by_channel, by_row, by_row_16, unscaled
+from benchmarks.roundings import Variant, by_block, by_channel, by_row, by_row_32, unscaled
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.models.loss import IGNORE
 from nsa_transformer.models.transformer import Transformer
@@ -100,7 +100,7 @@ def test_training_ends_with_its_time(capsys: pytest.CaptureFixture[str]) -> None
 # ------------------------------------------------------------------------------------------------------------------- rounding
 
 
-@pytest.mark.parametrize("way", [by_row, by_row_16, by_channel, by_block, unscaled])
+@pytest.mark.parametrize("way", [by_row, by_row_32, by_channel, by_block, unscaled])
 def test_what_is_read_back_is_near(way: Callable[..., torch.Tensor]) -> None:
     x = torch.randn(64, 2, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     y = way(x, 16)
@@ -119,7 +119,7 @@ def test_who_shares_a_scale() -> None:
         differ[changed[own]] = True
         a, b = way(x, 16), way(y, 16)
         assert torch.equal(a[~differ], b[~differ]) and not torch.equal(a[differ], b[differ])
-        assert float(b[3, 0, 5]) == pytest.approx(1000.3, rel=1e-6), "the largest is kept"
+        assert float(b[3, 0, 5]) == pytest.approx(1000.3, rel=2**-8 if own == "row" else 1e-6), "the largest is kept, as well as its scale is"
     assert float(unscaled(torch.full((1, 1, 1), 1000.0), 1)) == 448 == -float(unscaled(torch.full((1, 1, 1), -1000.0), 1))
 
 
@@ -169,11 +169,12 @@ def test_errors_of_keys() -> None:
 def test_bytes_of_a_row() -> None:
     paper = NSAConfig()
     rows = {name: Variant(name, way, by_row).row_bytes(128, paper) for name, way in (("row", by_row), ("channel", by_channel), ("none", unscaled))}
-    assert rows == {"row": 256 + 8 + 32, "channel": 256 + 8 + 4 + 32, "none": 256 + 4 + 32}
+    assert rows == {"row": 256 + 4 + 32, "channel": 256 + 8 + 2 + 32, "none": 256 + 2 + 32}
+    assert Variant("", by_row_32, by_row_32).row_bytes(128, paper) == 256 + 8 + 32
     assert bench.CACHES[0].row_bytes(128, paper) == 544 and Variant("", by_block, by_block).row_bytes(64, paper) == 128 + 16 + 1 / 8
-    assert roundings.tokens_ratio(SHIPPED, None, 128, paper) == pytest.approx(544 / 296)
-    assert "| 128 | a row (the cache) | 512 | 296.0 | 1.58 | 1.80 | 1.84 |" in bench._memory(paper)
-    assert roundings.tokens_ratio(SHIPPED, 8192, 128, paper) < roundings.tokens_ratio(SHIPPED, 65536, 128, paper) < 544 / 296
+    assert roundings.tokens_ratio(SHIPPED, None, 128, paper) == pytest.approx(544 / 292)
+    assert "| 128 | a row (the cache) | 512 | 292.0 | 1.60 | 1.82 | 1.86 |" in bench._memory(paper)
+    assert roundings.tokens_ratio(SHIPPED, 8192, 128, paper) < roundings.tokens_ratio(SHIPPED, 65536, 128, paper) < 544 / 292
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.dispatch import check_backend_name, choose_backend, fp8_refuses
 from nsa_transformer.kernels.nsa import nsa_attention
-from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens, write_rows
+from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens, write_rows
 
 
 def nsa_decode(
@@ -145,8 +145,8 @@ def _check(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig) 
     if quantized:
         recent = recent_tokens(config, cache.threshold)
         wanted |= {
-            "k_scale": ((count, kv_heads, tokens), torch.float32),
-            "v_scale": ((count, kv_heads, tokens), torch.float32),
+            "k_scale": ((count, kv_heads, tokens), SCALE),
+            "v_scale": ((count, kv_heads, tokens), SCALE),
             "k_recent": ((sequences, kv_heads, recent, dk), q.dtype),
             "v_recent": ((sequences, kv_heads, recent, dv), q.dtype),
         }

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nsa_transformer.config import KVCacheConfig, ModelConfig, NSAConfig
 from nsa_transformer.kernels.decode import append_rows
-from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
-from nsa_transformer.models.cache_size import SCALE, dense_capacity
+from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
+from nsa_transformer.models.cache_size import dense_capacity
 
 # φ of whole blocks: keys and values [N, l, Hkv, …], index of each block [N], to compressed and rotated [N, Hkv, …]
 Compress = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

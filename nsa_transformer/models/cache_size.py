@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from nsa_transformer.config import KVCacheConfig, ModelConfig
-from nsa_transformer.kernels.paged import page_rows, page_tokens, recent_tokens, ring_tokens
+from nsa_transformer.kernels.paged import SCALE, page_rows, page_tokens, recent_tokens, ring_tokens
 
-SCALE = torch.float32  # of a row in e4m3
 SHORTEST = 64  # tokens that dense attention has room for, at least
 
 

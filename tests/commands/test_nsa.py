@@ -31,7 +31,7 @@ def test_generate(finished: Path) -> None:
     assert len(answer["ids"]) <= 12 and answer["prompt_ids"]
     assert nsa("generate", run, *ask) == (0, f"abc de{answer['text']}\n", err)
     status, small, err = nsa("generate", run, *ask, "--json", "--kv-cache", "fp8")
-    assert (status, small) == (0, out) and "selected 64, scales 16" in err, "nothing here is old enough to be rounded"
+    assert (status, small) == (0, out) and "selected 64, scales 8" in err, "nothing here is old enough to be rounded"
     stop = answer["text"][2:4]
     stopped = json.loads(nsa("generate", run, *ask, "--json", "--stop", stop)[1])
     assert stopped["text"] == answer["text"][: answer["text"].find(stop)]
@@ -197,7 +197,7 @@ def test_plan(finished: Path) -> None:
     assert "memory " not in nsa(*large)[1] or torch.cuda.is_available()
     # FP8 by the configuration or by the option, and the experts' weights elsewhere.
     fp8 = nsa(*large, "memory.kv_cache.quantization=fp8")[1]
-    assert "selected 8,192, scales 256" in fp8 and nsa(*large, "--kv-cache", "fp8")[1] == fp8
+    assert "selected 8,192, scales 128" in fp8 and nsa(*large, "--kv-cache", "fp8")[1] == fp8
     out = nsa(*large, "memory.expert_offloading.enabled=true", "memory.expert_offloading.gpu_budget_gib=1", "--memory", "3.4")[1]
     assert "2.81 of them experts in host memory, with slots of 1.00 GiB" in out and out.rstrip().count(": fits") == 1
     # All experts and two buffers of 64 MiB, not three quarters of what is free.

@@ -86,7 +86,7 @@ def decoding(
     sequences: int, pages: int, dk: int, dv: int, group: int, dtype: torch.dtype, threshold: int | None = None, config: NSAConfig | None = None
 ) -> None:
     """A step of the attention for a token of each sequence, and what stores it."""
-    from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, page_rows, page_tokens, recent_tokens, ring_tokens
+    from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, page_rows, page_tokens, recent_tokens, ring_tokens
     from nsa_transformer.kernels.triton import decode, decode_write
 
     config = config or NSAConfig()
@@ -102,7 +102,7 @@ def decoding(
     )  # fmt: skip
     raw = dict(zip(("k_raw", "v_raw"), pair(sequences, hkv, config.compress_block), strict=True))
     if threshold is not None:
-        scales = {name: torch.empty(count, hkv, page_tokens(config)) for name in ("k_scale", "v_scale")}
+        scales = {name: torch.empty(count, hkv, page_tokens(config), dtype=SCALE) for name in ("k_scale", "v_scale")}
         recent = zip(("k_recent", "v_recent"), pair(sequences, hkv, recent_tokens(config, threshold)), strict=True)
         cache = replace(cache, **scales, **dict(recent), threshold=threshold)
     decode_write.write(NewRows(*pair(sequences, hkv), *pair(sequences, hkv), *pair(sequences, hkv)), replace(cache, **raw), config)

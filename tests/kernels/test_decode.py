@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels import nsa_attention
 from nsa_transformer.kernels.decode import append_rows, nsa_decode
 from nsa_transformer.kernels.dispatch import triton_missing
-from nsa_transformer.kernels.paged import NewRows, PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
+from nsa_transformer.kernels.paged import LARGEST, SCALE, NewRows, PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = NSAConfig(8, 4, 16, 5, 1, 2, 50)  # pages of 256 tokens
@@ -86,6 +88,36 @@ def check(
         plain = nsa_attention(q[one], *parts[b], gates[one], config, backend="reference", blocks=chosen)
         error, allowed = (out[b].double() - exact[0]).abs().max(), (plain[0].double() - exact[0]).abs().max()
         assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps, f"length {length}: {error:.3g}, plain {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_a_row_in_e4m3_loses(dtype: torch.dtype) -> None:
+    """Its largest number what rounding a scale to bf16 takes, the others half a step of e4m3."""
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(5)).to(dtype).to(DEVICE)
+    x[:2049, 0] = torch.arange(1792, 3841, device=DEVICE).to(dtype)  # scales of 4 to 8, halfway between two of bf16's at each odd multiple of 7
+    x[4000:] = 0
+    stored, scale = quantize_rows(x)
+    assert stored.dtype == torch.float8_e4m3fn and scale.dtype == SCALE and scale.shape == (4096,)
+    found, exact, largest = stored.double() * scale.double()[:, None], x.double(), x.double().abs().amax(-1)
+    assert not found[4000:].any()
+    found, exact, largest, scale = found[:4000], exact[:4000], largest[:4000], scale[:4000]
+    off, least = ((each.double() - largest / LARGEST).abs() for each in (scale, (largest / LARGEST).to(SCALE)))
+    assert (off <= least * (1 + 1e-4)).all(), "the nearest"
+    assert (found.abs().amax(-1) - largest).abs().le(2**-8 * largest).all() and (stored[:4000].double().abs().amax(-1) == LARGEST).all()
+    step = torch.maximum(exact.abs() / 2**4, scale.double()[:, None] * 2**-10)  # half of one; e4m3's smallest is 2^-9
+    top = exact.abs() == largest[:, None]
+    assert ((found - exact).abs() <= step * (1 + 1e-6))[~top].all()
+
+
+def test_scales_of_another_dtype_are_refused() -> None:
+    cache = paged(sequences([40], SMALL, torch.float32, 2, 64, 64), SMALL, torch.float32)
+    (k, k_scale), (v, v_scale) = (quantize_rows(x.nan_to_num(0.0)) for x in (cache.k_slc, cache.v_slc))
+    rings = torch.zeros(2, 1, 2, recent_tokens(SMALL, 0), 64, device=DEVICE).unbind()
+    cache = replace(cache, k_slc=k, v_slc=v, k_scale=k_scale, v_scale=v_scale, k_recent=rings[0], v_recent=rings[1])
+    q, gates = torch.randn(1, 4, 64, device=DEVICE), torch.rand(1, 4, 3, device=DEVICE)
+    assert isinstance(out := nsa_decode(q, gates, cache, SMALL, backend="reference"), Tensor) and out.isfinite().all()
+    with pytest.raises(ValueError, match=r"^cache\.v_scale is torch\.float32 .* ask for contiguous torch\.bfloat16"):
+        nsa_decode(q, gates, replace(cache, v_scale=v_scale.float()), SMALL)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,8 +224,10 @@ class TestTriton:
         pool_dtype = dtype
         if threshold is not None:
             pool_dtype = torch.float8_e4m3fn
-            fp8 = {f"{n}_scale": torch.rand(count, hkv, span, generator=generator).to(DEVICE) for n in "kv"}
+            fp8 = {f"{n}_scale": torch.rand(count, hkv, span, generator=generator).to(SCALE).to(DEVICE) for n in "kv"}
             fp8 |= {f"{n}_recent": rand(each, hkv, recent_tokens(SMALL, threshold), width) for n in "kv"}
+            for ring in (fp8["k_recent"], fp8["v_recent"]):  # largest numbers that give scales halfway between two of bf16's
+                ring[..., 0] = (1799 + torch.arange(0, 98 * ring.shape[2], 98, device=DEVICE) % 1792) / 512
         stores = {f"{n}_cmp": rand(count, hkv, page_rows(SMALL), width) for n in "kv"} | {
             f"{n}_slc": rand(count, hkv, span, width).to(pool_dtype) for n in "kv"
         }

@@ -117,6 +117,42 @@ def test_launches_are_specialised_as_they_would_be_at_run_time(tmp_path: Path, m
     assert "arange" in found["wrong"]["error"]
 
 
+LAUNCHES = """
+import json
+from tests.kernels import aot
+from tests.kernels.aot_cases import cases
+
+found = {}
+for case in cases():
+    if case.name in ("experts decode bf16", "experts bf16, few rows each", "decoding bf16 128 G16, 64k"):
+        for target in (80, 90, 100):
+            with aot.record(target) as recording:
+                case.call()
+            for launch in recording.launches:
+                found.setdefault(f"{target} {launch.name}", []).append([launch.options.get("launch_pdl", False), launch.args.get("PDL", False)])
+print(json.dumps(found))
+"""
+
+
+@needs_triton
+def test_who_is_launched_before_the_kernel_ahead_has_ended() -> None:
+    """From compute capability 9.0 on. What is launched so must wait, and the kernel ahead may say when it can begin: both are compiled in by PDL."""
+    path = os.pathsep.join([str(aot.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    there = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], cwd=aot.ROOT, env=there, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, list[list[bool]]] = json.loads(done.stdout)
+    assert all(choice == [False, False] for name, choices in found.items() if name.startswith("80 ") for choice in choices)
+    for target in (90, 100):
+        mine = {name.removeprefix(f"{target} "): choices for name, choices in found.items() if name.startswith(f"{target} ")}
+        sums = mine.pop("experts_sum")
+        assert sums.count([True, True]) == 4 and sums.count([False, False]) == 2, "decoding's; training's forward and backward"
+        for name in ("decode_scan", "decode_selected", "decode_combine", "experts_decode_down"):
+            assert set(map(tuple, mine.pop(name))) == {(True, True)}, name
+        assert set(map(tuple, mine.pop("experts_decode_up"))) == {(False, True)}, "*down* reads what was written before *up*"
+        assert all(choice == [False, False] for choices in mine.values() for choice in choices)
+
+
 KERNEL = {"registers": 100, "spills": 0, "shared": 1024}
 
 

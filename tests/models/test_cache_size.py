@@ -58,12 +58,12 @@ def test_what_grows_token_by_token_has_less_than_twice_the_pages(settings: KVCac
 
 
 def test_by_hand() -> None:
-    """The paper's geometry: heads of 128 in 16 bits have 512 bytes selected and 32 compressed a token, in FP8 256 with two scales."""
+    """The paper's geometry: heads of 128 in 16 bits have 512 bytes selected and 32 compressed a token, in FP8 256 with two scales of two bytes."""
     model = ModelConfig(num_layers=1, num_kv_heads=1, num_heads=1, head_dim=128, nsa=NSAConfig())
     plain, small = cache_size(model), cache_size(model, KVCacheConfig("fp8", 512))
-    assert plain.per_token == 512 + 32 and small.per_token == 256 + 8 + 32
+    assert plain.per_token == 512 + 32 and small.per_token == 256 + 4 + 32
     assert plain.per_sequence == (512 + 32) * 512 and small.per_sequence == (512 + 32 + 576) * 512
     assert plain.describe() == "544 bytes a token (selected 512, compressed 32), and 278,528 a sequence (window 262,144, not yet compressed 16,384)"
-    assert "selected 256, scales 8, compressed 32" in small.describe() and "not yet in FP8 294,912" in small.describe()
+    assert "selected 256, scales 4, compressed 32" in small.describe() and "not yet in FP8 294,912" in small.describe()
     dense = cache_size(ModelConfig(num_layers=3, num_kv_heads=2, num_heads=2, head_dim=128, head_dim_v=64, attention="dense"), dtype=torch.float32)
     assert dense.describe() == "4,608 bytes a token (keys and values 4,608)" and dense.total([65, 3]) == 2 * 128 * 4608

@@ -52,6 +52,12 @@ def token_descriptors(x: Tensor, rows: int, group: int) -> tuple[TensorDescripto
     return TensorDescriptor(x, shape, strides, [*box, first]), TensorDescriptor(x, shape, strides, [*box, second or first])
 
 
+def launches_dependently(device: torch.device) -> bool:
+    """Whether kernels may be launched while the one before them still runs, and wait for what it writes (PDL: programmatic dependent launch): the attribute
+    and the instruction that waits are for compute capability 9.0 and later. The interpreter has neither."""
+    return not triton.knobs.runtime.interpret and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def precision(dtype: torch.dtype) -> str:
     """float32 products stay float32; 16-bit ones are exact either way."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.paged import PagedKeysValues
-from nsa_transformer.kernels.triton.common import LOG2E, precision
+from nsa_transformer.kernels.triton.common import LOG2E, launches_dependently, precision
 from nsa_transformer.kernels.triton.decode_kernels import decode_combine, decode_rank, decode_scan, decode_selected
 
 BESIDE = 16 << 10  # bytes of shared memory for what is not tiles of keys and values
@@ -51,10 +51,13 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
         "PRECISION": precision(q.dtype),
         "STAGES": 1 if full else 3 if ahead else 2,
     }
+<<<<<<< HEAD
     heads_of = {"HKV": kv_heads, "G": group, "GP": group_rows}
     runs = {"STRIDE": config.compress_stride, "SELECT": config.select_block}
     choice = {"N": config.num_selected, "NP": kept, "INITIAL": config.num_initial, "LOCAL": config.num_local}
     # The attribute itself is for compute capability 9.0 and later, and so is the instruction that waits.
+=======
+>>>>>>> scales
     launch = {"PDL": pdl, "launch_pdl": pdl}
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
@@ -94,6 +97,6 @@ def _chip(device: torch.device) -> tuple[int, bool, int]:
     """Multiprocessors, whether a kernel may be launched while the one before it runs, and bytes of shared memory for a program. The interpreter passes for a
     chip with few multiprocessors, so that splits are many pages long."""
     if triton.knobs.runtime.interpret:
-        return 8, False, 99 << 10
+        return 8, launches_dependently(device), 99 << 10
     found = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device() if device.index is None else device.index)
-    return found["multiprocessor_count"], torch.cuda.get_device_capability(device)[0] >= 9, found["max_shared_mem"]
+    return found["multiprocessor_count"], launches_dependently(device), found["max_shared_mem"]

@@ -18,16 +18,24 @@ def _copy(x, stride, store, at, sequence, head, D: tl.constexpr, DP: tl.constexp
 
 
 @triton.jit
+def _nearest_bf16(x):
+    """Positive float32 numbers rounded to bfloat16's, the even one of two that are as near. By hand, because Triton's interpreter cuts."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _quantize(ring, ring_row, pool, scales, page_row, SELECT: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, LARGEST: tl.constexpr):
-    """SELECT rows of a ring to e4m3 rows of a pool, with a scale for each."""
+    """SELECT rows of a ring to e4m3 rows of a pool, with a scale for each: `quantize_rows`, to the bit."""
     row = tl.arange(0, TILE)
     column = tl.arange(0, DP)
     inside = (row < SELECT)[:, None] & (column < D)[None, :]
     x = tl.load(ring + (ring_row + row)[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 1) / LARGEST, 1e-12)
-    x = tl.minimum(tl.maximum(x / scale[:, None], -LARGEST), LARGEST)
+    scale = _nearest_bf16(tl.maximum(tl.max(tl.abs(x), 1) * (1 / LARGEST), 1e-12))
+    # Divided as IEEE has it: numbers with few bits often lie halfway between two of e4m3, where the last bit of a quotient decides.
+    x = tl.minimum(tl.maximum(tl.div_rn(x, scale[:, None]), -LARGEST), LARGEST)
     tl.store(pool + (page_row + row)[:, None] * D + column[None, :], x.to(pool.dtype.element_ty), mask=inside)
-    tl.store(scales + page_row + row, scale, mask=row < SELECT)
+    tl.store(scales + page_row + row, scale.to(scales.dtype.element_ty), mask=row < SELECT)
 
 
 @triton.jit(repr=lambda _: "decode_write", do_not_specialize=["table_stride"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from nsa_transformer.kernels.triton.common import add_dot
 
@@ -106,13 +107,17 @@ def experts_product(
 
 @triton.jit(repr=lambda _: "experts_sum", do_not_specialize=["tokens"])
 def experts_sum(
-    rows, weights, out, partial, sums, tokens, K: tl.constexpr, H: tl.constexpr, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+    rows, weights, out, partial, sums, tokens,
+    K: tl.constexpr, H: tl.constexpr, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [T, H]: rows [T, K, H] summed over K in float32, WEIGHTED by weights [T, K]. With PARTS also sums [T, K]: partial [PARTS, T, K] summed, in order."""
+    """out [T, H]: rows [T, K, H] summed over K in float32, WEIGHTED by weights [T, K]. With PARTS also sums [T, K]: partial [PARTS, T, K] summed, in order.
+    PDL: launched while the kernel that writes rows still runs."""
     token = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     column = tl.program_id(1) * N + tl.arange(0, N)
     mask = (token < tokens)[:, None] & (column < H)[None, :]
     total = tl.zeros([M, N], tl.float32)
+    if PDL:
+        gdc_wait()
     for k in tl.static_range(K):
         value = tl.load(rows + (token * K + k)[:, None] * H + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:

@@ -146,14 +146,15 @@ def outer(sorted_rows: Tensor, gathered: Tensor, gathered_first: bool, routing: 
     return out
 
 
-def sum_rows(rows: Tensor, weights: Tensor, weighted: bool, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """rows [T * K, H] summed over K, times weights [T, K] where `weighted`: [T, H]. And partial [parts, T, K] summed, like weights; without it, weights."""
+def sum_rows(rows: Tensor, weights: Tensor, weighted: bool, partial: Tensor | None = None, pdl: bool = False) -> tuple[Tensor, Tensor]:
+    """rows [T * K, H] summed over K, times weights [T, K] where `weighted`: [T, H]. And partial [parts, T, K] summed, like weights; without it, weights.
+    `pdl`: launched while the kernel just ahead still runs, which writes rows and nothing else that is read here."""
     (tokens, top_k), width = weights.shape, rows.shape[1]
     out, sums = rows.new_empty(tokens, width), weights if partial is None else torch.empty_like(weights)
     columns = min(512, max(16, triton.next_power_of_2(width)))
     experts_sum[(triton.cdiv(tokens, 4), triton.cdiv(width, columns))](
         rows, weights, out, sums if partial is None else partial, sums, tokens,
-        K=top_k, H=width, WEIGHTED=weighted, PARTS=0 if partial is None else partial.shape[0], M=4, N=columns,
+        K=top_k, H=width, WEIGHTED=weighted, PARTS=0 if partial is None else partial.shape[0], M=4, N=columns, PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     return out, sums
 

@@ -7,6 +7,11 @@ place chose the same expert. So the grid comes from shapes alone, one token star
 Experts lie where a table says, if one is given: expert e in slot table[e] of the weights, which is how offloaded experts are read (`expert_slots.py`). Then a
 pass is for those of one mark alone: first for experts that are at hand, while the others are being copied, then for these.
 
+From compute capability 9.0 on *down* is launched while *up* still runs, and the sum while *down* does (PDL: programmatic dependent launch), so that their
+programs are there, and *down* has looked up its expert, when what they wait for is. *up* is launched as usual, after all that came before it has ended: so
+what was written before *up*, such as the table and the marks, *down* and the sum may read without waiting, and so the second pass follows the first. Were
+*up* launched like them, *down* could start before the kernels ahead of *up* have ended, and would have to wait before its first load.
+
 Shape letters: M rows of a tile, N columns of a strip, DEPTH of the sum at a step; CHUNK places looked through at once; H hidden width, WIDTH of an expert.
 """
 
@@ -18,8 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nsa_transformer.kernels.triton.common import add_dot, aligned, packed, precision
+from nsa_transformer.kernels.triton.common import add_dot, aligned, launches_dependently, packed, precision
 from nsa_transformer.kernels.triton.expert_kernels import silu
 from nsa_transformer.kernels.triton.expert_slots import AT_HAND, COPIED, Slots
 from nsa_transformer.kernels.triton.experts import Tile, sum_rows
@@ -73,7 +79,7 @@ def _members(indices, rows, expert, start, M: tl.constexpr, CHUNK: tl.constexpr)
 def experts_decode_up(
     x, indices, table, marks, mark, w13, activation, rows, pitch,
     K: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """activation [T * K, WIDTH] = silu(gate) * up from x [T, H] and w13, whose matrices [2 WIDTH, H] begin `pitch` elements apart."""
     strips: tl.constexpr = (WIDTH + N - 1) // N
@@ -81,6 +87,9 @@ def experts_decode_up(
     expert, slot, count, ours = _expert_of(indices, table, marks, mark, rows, row, CHUNK)
     if not ours:
         return
+    # Not before: where no program of a pass has anything to compute, so that none of *down* waits, *up* has ended when *down* begins.
+    if PDL:
+        gdc_launch_dependents()
     # Lines of the strip are a gate row and its up row in turn: neighbouring columns of the product, which one thread holds.
     column = tl.program_id(0) % strips * N
     line = tl.arange(0, 2 * N)
@@ -109,7 +118,7 @@ def experts_decode_up(
 def experts_decode_down(
     activation, indices, table, marks, mark, w2, out, rows, pitch,
     H: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T * K, H] from activation [T * K, WIDTH] and w2, whose matrices [H, WIDTH] begin `pitch` elements apart."""
     strips: tl.constexpr = (H + N - 1) // N
@@ -117,6 +126,8 @@ def experts_decode_down(
     expert, slot, count, ours = _expert_of(indices, table, marks, mark, rows, row, CHUNK)
     if not ours:
         return
+    if PDL:
+        gdc_launch_dependents()
     to = tl.program_id(0) % strips * N + tl.arange(0, N)
     depth = tl.arange(0, DEPTH)
     strip = w2 + slot.to(tl.int64) * pitch + to[:, None] * WIDTH
@@ -124,6 +135,8 @@ def experts_decode_down(
         place = _members(indices, rows, expert, start, M, CHUNK)
         there = start + tl.arange(0, M) < count
         wide = place.to(tl.int64)[:, None]
+        if PDL:
+            gdc_wait()  # for the activation; in a further tile of rows it costs nothing
         total = tl.zeros([M, N], tl.float32)
         for k in tl.range(0, WIDTH, DEPTH, num_stages=STAGES):
             inside = (k + depth < WIDTH)[None, :]
@@ -167,7 +180,8 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     tile = _tile(x.dtype, x.shape[0])
     chunk = min(128, max(16, triton.next_power_of_2(rows)))
     half = tile.columns // 2
-    shared = {"H": hidden_size, "WIDTH": width, "CHUNK": chunk, "M": tile.rows, "PRECISION": precision(x.dtype), **tile.launch}
+    pdl = launches_dependently(x.device)
+    shared = {"H": hidden_size, "WIDTH": width, "CHUNK": chunk, "M": tile.rows, "PRECISION": precision(x.dtype), "PDL": pdl, **tile.launch}
     activation, y = x.new_empty(rows, width), x.new_empty(rows, hidden_size)
     table, marks = (None, None) if slots is None else (slots.table, slots.marks)
     for mark in (0,) if slots is None else (AT_HAND, COPIED):
@@ -175,5 +189,5 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
             join()
         where = (indices, table, marks, mark)
         experts_decode_up[(rows * triton.cdiv(width, half),)](x, *where, w13, activation, rows, pitch13, K=top_k, **shared | {"N": half})
-        experts_decode_down[(rows * triton.cdiv(hidden_size, tile.columns),)](activation, *where, w2, y, rows, pitch2, **shared)
-    return sum_rows(y, weights, True)[0]
+        experts_decode_down[(rows * triton.cdiv(hidden_size, tile.columns),)](activation, *where, w2, y, rows, pitch2, launch_pdl=pdl, **shared)
+    return sum_rows(y, weights, True, pdl=pdl)[0]
