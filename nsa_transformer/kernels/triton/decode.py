@@ -14,7 +14,7 @@ from nsa_transformer.kernels.triton.decode_kernels import decode_combine, decode
 
 BESIDE = 16 << 10  # bytes of shared memory for what is not tiles of keys and values
 MOST_SPLITS = 64
-PROGRAMS = 4  # of one warp, for each multiprocessor
+PROGRAMS = 2  # for each multiprocessor
 COMPARED = 1024  # blocks that are compared at once, and
 KEPT = 128  # how many of them may be left when each 128 have been compared
 
@@ -29,12 +29,10 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     padded, padded_v = triton.next_power_of_2(dk), triton.next_power_of_2(dv)
     multiprocessors, pdl, shared = _chip(q.device)
     full = q.dtype == torch.float32  # products on the ordinary cores, which take many registers
-    # A warp has registers for 16 heads and a sum as wide as 128.
-    wide = padded + padded_v > 256
-    warps = (8 if wide else 4) if full else (4 if wide else min(8, group_rows // 16))
-    rows = 32 if runs <= 32 else 64  # of a tile
+    warps = 8 if full and padded + padded_v > 256 else 4
+    rows = 32 if full and runs <= 32 else 64  # of a tile
     tiles = max_pages * 64 // rows
-    share = max(1, PROGRAMS * multiprocessors // (pairs * warps))
+    share = max(1, PROGRAMS * multiprocessors // pairs)
     splits = _splits(share, tiles)
     chosen_splits = _splits(share, config.num_selected * max(1, select // rows))
     near_splits = min(cache.k_win.shape[2] // rows, chosen_splits)
@@ -59,7 +57,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
         q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
-        SPLITS=splits, EARLY=pairs * (splits + chosen_splits) * warps <= PROGRAMS * multiprocessors, **shape, **attend, **launch,
+        SPLITS=splits, EARLY=pairs * (splits + chosen_splits) <= PROGRAMS * multiprocessors, **shape, **attend, **launch,
     )  # fmt: skip
     lines = max(1, min(COMPARED // 128, KEPT // kept, COMPARED // 8 // group_rows))
     decode_rank[(pairs,)](

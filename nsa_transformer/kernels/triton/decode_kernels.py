@@ -112,21 +112,19 @@ def _importance(
 
 
 @triton.jit
-def _largest(value, block, COUNT: tl.constexpr, NP: tl.constexpr, LINES: tl.constexpr):
-    """Of values int32 [LINES, 128] and their blocks, all different, the COUNT largest that are not negative, of equals that with the smaller block: int64 keys
-    of value and block, falling, then -1: [NP]. First of each line, which is one warp's work, then of the lines' best."""
+def _largest(keys, COUNT: tl.constexpr, NP: tl.constexpr, LINES: tl.constexpr):
+    """Of int64 keys [LINES, 128], different but for those of -1, the COUNT largest, falling, then -1: [NP]. First of each line, which is one warp's work, then
+    of the lines' best."""
     slot = tl.arange(0, NP)
     best = tl.full([LINES, NP], -1, tl.int64)
-    for turn in range(COUNT):
-        top = tl.max(value, 1)
-        at = tl.min(tl.where(value == top[:, None], block, 0x7FFFFFFF), 1)
-        key = tl.where(top < 0, -1, (top.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64))
-        best = tl.where(slot[None, :] == turn, key[:, None], best)
-        value = tl.where(block == at[:, None], -1, value)
-    keys = tl.reshape(best, [LINES * NP])
+    for turn in range(COUNT):  # of numbers of 64 bits: for those of 32 Triton has an instruction (redux) that took ten times as long as its shuffles
+        top = tl.max(keys, 1)
+        best = tl.where(slot[None, :] == turn, top[:, None], best)
+        keys = tl.where(keys == top[:, None], -1, keys)
+    found = tl.reshape(best, [LINES * NP])
     # How many are larger says the place of each: one exchange between threads, where sorting has dozens.
-    rank = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
-    return tl.max(tl.where(rank[:, None] == slot[None, :], keys[:, None], -1), 0)
+    rank = tl.sum((found[None, :] > found[:, None]).to(tl.int32), 1)
+    return tl.max(tl.where(rank[:, None] == slot[None, :], found[:, None], -1), 0)
 
 
 @triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
@@ -226,8 +224,9 @@ def decode_rank(
                     log_sum, shares, spills, peaks, pair, first // BLOCKS, num_tiles, max_pages * TILES, G, GP, SIZE // BLOCKS, BLOCKS
                 )
                 value = tl.reshape(value.to(tl.int32, bitcast=True), [LINES, 128])  # not negative, so its bits rise with it
-                allowed = (first + block >= INITIAL) & (first + block <= mine - LOCAL)
-                keys = _largest(tl.where(allowed, value, -1), first + block, FREE, NP, LINES)
+                key = (value.to(tl.int64) << 32) | (0x7FFFFFFF - first - block).to(tl.int64)
+                key = tl.where((first + block >= INITIAL) & (first + block <= mine - LOCAL), key, -1)
+                keys = _largest(key, FREE, NP, LINES)
                 # Of two falling rows, one turned round, the larger of each place are the largest of both.
                 best = keys if first == 0 else tl.sort(tl.maximum(best, tl.flip(keys, 0)), descending=True)
             # At least FREE: a sequence that has more blocks than are forced and free has not fewer to choose from.
