@@ -62,7 +62,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     lines = max(1, min(COMPARED // 128, KEPT // kept, COMPARED // 8 // group_rows))
     decode_rank[(pairs,)](
         shares, spills, peaks, cache.lengths, scan[1], scan[2], chosen, max_pages, BLOCK=config.compress_block, INITIAL=config.num_initial,
-        LOCAL=config.num_local, LINES=lines, num_warps=max(4, lines), **shape, **choice, **scan_span, **launch,
+        LOCAL=config.num_local, LINES=lines, num_warps=max(4, lines), maxnreg=128, **shape, **choice, **scan_span, **launch,
     )  # fmt: skip
     decode_selected[(chosen_splits, pairs)](
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,

@@ -92,23 +92,29 @@ def _log_sum(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr
 
 
 @triton.jit
-def _importance(
-    log_sum, shares, spills, peaks, pair, first, num_tiles, max_tiles, G: tl.constexpr, GP: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """How much probability falls on each block of COUNT tiles from `first` on, summed over the heads: [COUNT, BLOCKS]. A block has what its tile's keys give it
-    and, as the first of its tile, what the last key of the tile before spills into it; each relative to the largest score seen when it was computed."""
+def _importance(log_sum, shares, spills, peaks, pair, first, num_tiles, max_tiles, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    """How much probability falls on each of SIZE blocks from `first` on, summed over the heads: [SIZE // Q, Q], Q neighbours of a tile to a thread. A block has
+    what its tile's keys give it and, as the first of its tile, what the last key of the tile before spills into it; each relative to the largest score seen
+    when it was computed."""
+    Q: tl.constexpr = 4 if BLOCKS >= 4 else BLOCKS
+    block = first + tl.arange(0, SIZE // Q) * Q
+    inner = tl.arange(0, Q)
     head = tl.arange(0, GP)
-    tile = first + tl.arange(0, COUNT)
-    block = tl.arange(0, BLOCKS)
-    here = (head < G)[:, None] & (tile < num_tiles)[None, :]
-    behind = (head < G)[:, None] & ((tile > 0) & (tile <= num_tiles))[None, :]
-    at = (pair * G + head)[:, None] * max_tiles + tile[None, :]
-    # exp2(-inf - x) is 0, so what is not there counts nothing.
-    own = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf")) - log_sum[:, None])
-    before = tl.exp2(tl.load(peaks + at - 1, mask=behind, other=float("-inf")) - log_sum[:, None])
-    spilled = tl.sum(tl.load(spills + at - 1, mask=behind, other=0.0) * before, 0)
-    share = tl.load(shares + at[:, :, None] * BLOCKS + block[None, None, :], mask=here[:, :, None], other=0.0)
-    return tl.sum(share * own[:, :, None], 0) + tl.where(block[None, :] == 0, spilled[:, None], 0.0)
+    tile = block // BLOCKS
+    here = tile < num_tiles
+    behind = (block % BLOCKS == 0) & (tile > 0) & (tile <= num_tiles)
+    value = tl.zeros([SIZE // Q, Q], tl.float32)
+    spilled = tl.zeros([SIZE // Q], tl.float32)
+    # Head by head: of a tile of all heads Triton 3.6 would spread a block's neighbours over warps.
+    for g in tl.static_range(G):
+        shift = tl.max(tl.where(head == g, log_sum, float("-inf")), 0)
+        at = (pair * G + g) * max_tiles
+        # exp2(-inf - x) is 0, so what is not there counts nothing.
+        own = tl.exp2(tl.load(peaks + at + tile, mask=here, other=float("-inf")) - shift)
+        before = tl.exp2(tl.load(peaks + at + tile - 1, mask=behind, other=float("-inf")) - shift)
+        value += tl.load(shares + at * BLOCKS + block[:, None] + inner[None, :], mask=here[:, None], other=0.0) * own[:, None]
+        spilled += tl.load(spills + at + tile - 1, mask=behind, other=0.0) * before
+    return value + tl.where(inner[None, :] == 0, spilled[:, None], 0.0)
 
 
 @triton.jit
@@ -117,7 +123,7 @@ def _largest(keys, COUNT: tl.constexpr, NP: tl.constexpr, LINES: tl.constexpr):
     of the lines' best."""
     slot = tl.arange(0, NP)
     best = tl.full([LINES, NP], -1, tl.int64)
-    for turn in range(COUNT):  # of numbers of 64 bits: for those of 32 Triton has an instruction (redux) that took ten times as long as its shuffles
+    for turn in range(COUNT):
         top = tl.max(keys, 1)
         best = tl.where(slot[None, :] == turn, top[:, None], best)
         keys = tl.where(keys == top[:, None], -1, keys)
@@ -220,9 +226,7 @@ def decode_rank(
             block = tl.arange(0, LINES)[:, None] * 128 + tl.arange(0, 128)[None, :]
             best = tl.full([NP], -1, tl.int64)
             for first in range(0, mine - LOCAL + 1, SIZE):
-                value = _importance(
-                    log_sum, shares, spills, peaks, pair, first // BLOCKS, num_tiles, max_pages * TILES, G, GP, SIZE // BLOCKS, BLOCKS
-                )
+                value = _importance(log_sum, shares, spills, peaks, pair, first, num_tiles, max_pages * TILES, G, GP, SIZE, BLOCKS)
                 value = tl.reshape(value.to(tl.int32, bitcast=True), [LINES, 128])  # not negative, so its bits rise with it
                 key = (value.to(tl.int64) << 32) | (0x7FFFFFFF - first - block).to(tl.int64)
                 key = tl.where((first + block >= INITIAL) & (first + block <= mine - LOCAL), key, -1)
