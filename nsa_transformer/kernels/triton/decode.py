@@ -35,7 +35,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     share = max(1, PROGRAMS * multiprocessors // pairs)
     splits = _splits(share, tiles)
     chosen_splits = _splits(share, config.num_selected * max(1, select // rows))
-    near_splits = min(cache.k_win.shape[2] // rows, chosen_splits)
+    near_splits = _splits(share, cache.k_win.shape[2] // rows)
     # One piece of memory for what the kernels hand on, each part beginning at a multiple of 128 bytes.
     counts = [pairs * group * tiles * rows // runs, *[pairs * group * tiles] * 2]
     for count in (splits, near_splits, chosen_splits):
@@ -55,9 +55,10 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     # The attribute itself is for compute capability 9.0 and later, and so is the instruction that waits.
     launch = {"PDL": pdl, "launch_pdl": pdl}
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
-    decode_scan[(splits, pairs)](
-        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
-        SPLITS=splits, EARLY=pairs * (splits + chosen_splits) <= PROGRAMS * multiprocessors, **shape, **attend, **launch,
+    decode_scan[(pairs, splits + near_splits)](
+        q, cache.k_cmp, cache.v_cmp, cache.k_win, cache.v_win, cache.pages, cache.lengths, shares, spills, peaks, *scan, *near, scale * LOG2E, max_pages,
+        BLOCK=config.compress_block, WINDOW=config.window, RING=cache.k_win.shape[2], SPLITS=splits, NEAR_SPLITS=near_splits,
+        EARLY=pairs * (splits + near_splits + chosen_splits) <= PROGRAMS * multiprocessors, **shape, **attend, **launch,
     )  # fmt: skip
     lines = max(1, min(COMPARED // 128, KEPT // kept, COMPARED // 8 // group_rows))
     decode_rank[(pairs,)](
@@ -65,10 +66,9 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
         LOCAL=config.num_local, LINES=lines, num_warps=max(4, lines), maxnreg=128, **shape, **choice, **scan_span, **launch,
     )  # fmt: skip
     decode_selected[(chosen_splits, pairs)](
-        q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
-        chosen, *near, *part, scale * LOG2E, max_pages, WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits, SPLITS=chosen_splits,
-        QUANTIZED=cache.k_scale is not None, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
-        **shape, **attend, **choice, **launch,
+        q, cache.k_slc, cache.v_slc, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths, chosen, *part, scale * LOG2E,
+        max_pages, SPLITS=chosen_splits, QUANTIZED=cache.k_scale is not None, THRESHOLD=cache.threshold,
+        RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0, **shape, **attend, **choice, **launch,
     )  # fmt: skip
     decode_combine[(pairs * group,)](
         gates, *scan, *near, *part, out, G=group, NEAR_SPLITS=near_splits, NEAR_SPAN=triton.next_power_of_2(near_splits),

@@ -1,12 +1,8 @@
 """The kernels of `decode.py`: one new token of each sequence against its cache, the work split over keys.
 
-Four launches, none of which waits for a counter: `decode_scan` takes the compressed keys in splits; `decode_rank` chooses the blocks from what that left;
-`decode_selected` takes the window and the chosen blocks in splits; `decode_combine` adds up. From compute capability 9.0 on each is launched while the one
-before it still runs (PDL: programmatic dependent launch) and waits, once it has started, for what it reads: the window, which needs nothing of the scan,
-is read while blocks are chosen. Sums go over the splits in their order.
-
-A group of up to 16 heads is one warp's work: what four warps share they have to exchange through memory and barriers for every tile, which took longer
-than all else. So programs are small, and several on each multiprocessor keep its memory busy.
+Four launches, none of which waits for a counter: `decode_scan` takes the compressed keys and the window in splits; `decode_rank` chooses the blocks from what
+that left; `decode_selected` takes these in splits; `decode_combine` adds up. From compute capability 9.0 on each is launched while the one before it still
+runs (PDL: programmatic dependent launch) and waits, once it has started, for what it reads. Sums go over the splits in their order.
 
 Shape letters: B sequences, HKV key/value heads, G query heads of each, GP the power of two from max(G, 16) on; DK, DV head widths, DKP, DVP powers of two
 from them on; ROWS keys of a tile, TILES tiles of a page: 64 compressed keys, and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e. A split's
@@ -133,32 +129,22 @@ def _largest(keys, COUNT: tl.constexpr, NP: tl.constexpr, LINES: tl.constexpr):
     return tl.max(tl.where(rank[:, None] == slot[None, :], found[:, None], -1), 0)
 
 
-@triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
-def decode_scan(
-    q, k_cmp, v_cmp, pages, lengths, shares, spills, peaks, part_out, part_peak, part_sum, scale, max_pages,
+@triton.jit
+def _compressed(
+    queries, k_cmp, v_cmp, pages, length, pair, split, shares, spills, peaks, scale, max_pages,
     ROWS: tl.constexpr, TILES: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. Per head and tile: peaks, the largest score seen so far; relative to it shares [BLOCKS] of the tile's blocks, and what spills
-    into the next tile's first. EARLY: the next kernels' programs have room beside these; where they have not, some multiprocessors would get more of them."""
+    """A split's part of the compressed branch, nothing for those from SPLITS on. Per head and tile: peaks, the largest score seen so far; relative to it shares [BLOCKS] of the tile's blocks,
+    and what spills into the next tile's first."""
     RUNS: tl.constexpr = SELECT // STRIDE  # keys that begin in a block
     BLOCKS: tl.constexpr = ROWS // RUNS  # of a tile
     SPREAD: tl.constexpr = BLOCK // STRIDE
-    split = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    sequence = pair // HKV
-    if PDL:
-        gdc_wait()
-        if EARLY:
-            gdc_launch_dependents()
-    table = pages + sequence * max_pages
+    table = pages + pair // HKV * max_pages
     # The page of an iteration is loaded in the one before, and the first without the length, so that no tile waits for its address.
     ahead = tl.load(table + split // TILES)
-    length = tl.load(lengths + sequence)
     visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
-    num_tiles = (visible + ROWS - 1) // ROWS
-    queries = _queries(q, pair, G, GP, DK, DKP)
+    num_tiles = tl.where(split < SPLITS, (visible + ROWS - 1) // ROWS, 0)
     head = tl.arange(0, GP)
     row = tl.arange(0, ROWS)
     acc = tl.zeros([GP, DVP], tl.float32)
@@ -190,9 +176,64 @@ def decode_scan(
         tl.store(peaks + to, peak, mask=head < G)
         tl.store(shares + to[:, None] * BLOCKS + block[None, :], share, mask=(head < G)[:, None] & (block < BLOCKS)[None, :])
         tl.store(spills + to[:, None] + tl.zeros_like(block)[None, :], share, mask=(head < G)[:, None] & (block == BLOCKS)[None, :])
+    return acc, peak, total
+
+
+@triton.jit
+def _window(
+    queries, k_win, v_win, length, pair, split, scale,
+    ROWS: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A split's part of the window, from rings of RING tokens; nothing for those below 0."""
+    tiles = tl.where(split >= 0, RING // ROWS, split)
+    row = tl.arange(0, ROWS)
+    acc = tl.zeros([GP, DVP], tl.float32)
+    peak = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    for tile in tl.range(split, tiles, SPLITS, num_stages=STAGES):
+        place = tile * ROWS + row
+        age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
+        inside = (age < WINDOW) & (age < length)
+        at = pair * RING + place
+        s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
+        s = tl.where(inside[None, :], s, float("-inf"))
+        acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
+    return acc, peak, total
+
+
+@triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
+def decode_scan(
+    q, k_cmp, v_cmp, k_win, v_win, pages, lengths, shares, spills, peaks, part_out, part_peak, part_sum, near_out, near_peak, near_sum, scale, max_pages,
+    ROWS: tl.constexpr, TILES: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, NEAR_SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Grid [B * HKV, SPLITS + NEAR_SPLITS]: compressed keys, then the window's. EARLY: the next kernels' programs have room beside these; where they have
+    not, some multiprocessors would get more of them."""
+    pair = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    length = tl.load(lengths + pair // HKV)
+    queries = _queries(q, pair, G, GP, DK, DKP)
+    # One after the other, each for the programs whose it is: in two branches of an if each would have shared memory of its own.
+    acc, peak, total = _compressed(
+        queries, k_cmp, v_cmp, pages, length, pair, split, shares, spills, peaks, scale, max_pages,
+        ROWS, TILES, HKV, G, GP, DK, DKP, DV, DVP, BLOCK, STRIDE, SELECT, SPLITS, PRECISION, STAGES,
+    )  # fmt: skip
+    if split < SPLITS:
+        _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
+    split -= SPLITS
+    acc, peak, total = _window(
+        queries, k_win, v_win, length, pair, split, scale, ROWS, GP, DK, DKP, DV, DVP, WINDOW, RING, NEAR_SPLITS, PRECISION, STAGES
+    )
     if PDL and not EARLY:
         gdc_launch_dependents()
-    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
+    if split >= 0:
+        _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
 
 
 @triton.jit(repr=lambda _: "decode_rank", do_not_specialize=["max_pages"])
@@ -240,15 +281,13 @@ def decode_rank(
 
 @triton.jit(repr=lambda _: "decode_selected", do_not_specialize=["max_pages"])
 def decode_selected(
-    q, k_slc, v_slc, k_win, v_win, k_scale, v_scale, k_recent, v_recent, pages, lengths, chosen,
-    near_out, near_peak, near_sum, part_out, part_peak, part_sum, scale, max_pages,
+    q, k_slc, v_slc, k_scale, v_scale, k_recent, v_recent, pages, lengths, chosen, part_out, part_peak, part_sum, scale, max_pages,
     ROWS: tl.constexpr, TILES: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, NEAR_SPLITS: tl.constexpr,
-    SPLITS: tl.constexpr, QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SPLITS: tl.constexpr, QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr,
+    RECENT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. near: the window's parts, NEAR_SPLITS of them. QUANTIZED: pages hold e4m3 with a scale for each row, and the blocks that reach
-    into the newest THRESHOLD tokens lie in rings of RECENT tokens instead."""
+    """Grid [SPLITS, B * HKV]. QUANTIZED: pages hold e4m3 with a scale for each row, and the blocks that reach into the newest THRESHOLD tokens lie in rings of
+    RECENT tokens instead."""
     TOKENS: tl.constexpr = TILES * ROWS * STRIDE  # of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -258,19 +297,6 @@ def decode_selected(
     length = tl.load(lengths + sequence)
     queries = _queries(q, pair, G, GP, DK, DKP)
     row = tl.arange(0, ROWS)
-    acc = tl.zeros([GP, DVP], tl.float32)
-    peak = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    if split < NEAR_SPLITS:
-        for tile in tl.range(split, RING // ROWS, NEAR_SPLITS, num_stages=STAGES):
-            place = tile * ROWS + row
-            age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
-            inside = (age < WINDOW) & (age < length)
-            at = pair * RING + place
-            s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
-            s = tl.where(inside[None, :], s, float("-inf"))
-            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
-        _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
     if PDL:
         gdc_wait()
     slots = tl.arange(0, NP)
