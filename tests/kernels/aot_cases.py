@@ -126,6 +126,7 @@ def cases() -> list[Case]:
         Case("experts decode bf16", partial(experts_decode, half)),
         Case("experts decode f32", partial(experts_decode, full), slow=True),
         Case("expert slots", expert_slots),
+        Case("expert slots, all of 512", partial(expert_slots, 512, 512), slow=True),
         Case("decoding bf16 128 G16, 64k", partial(decoding, 1, 64, 128, 128, 16, half)),
         Case("decoding bf16 128 G16, 128k, e4m3", partial(decoding, 16, 128, 128, 128, 16, half, 512), slow=True, targets=(90, 100)),
         Case("decoding bf16 192/128 G3", partial(decoding, 2, 8, 192, 128, 3, half), slow=True),

@@ -64,7 +64,10 @@ def step(slots, plain: Plain, chosen: list[int], policy: str, demand: bool = Tru
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
     kernels.plan(torch.tensor(chosen, device=DEVICE), slots, policy, demand)
+    marks = [(kernels.AT_HAND if e in plain.owners else kernels.COPIED) if e in chosen else 0 for e in range(len(slots.marks))]
     expected = plain.plan(chosen, demand)
+    assert slots.marks.tolist() == marks
+    assert slots.priority.tolist() == [plain.priority(e) for e in range(len(slots.priority))] and int(slots.clock) == plain.clock
     count, *rest = slots.moves.tolist()
     size = len(rest) // 2
     assert list(zip(rest[:count], rest[size : size + count], strict=True)) == expected
@@ -91,6 +94,20 @@ def test_policies_against_a_plain_model(policy: str, data: st.DataObject) -> Non
         assert (untouched.table == -1).all() and not untouched.counts.any() and not untouched.clock.any()
 
 
+@pytest.mark.parametrize("policy", ["lru", "frequency"])
+@pytest.mark.parametrize(("experts", "size", "places"), [(8, 8, 8), (16, 9, 9), (64, 64, 64), (200, 70, 33), (512, 512, 17)])
+def test_many_places(experts: int, size: int, places: int, policy: str) -> None:
+    """As many as are looked through at once, one more, many more; some of them twice."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    slots, plain = kernels.Slots.empty(1, experts, size, DEVICE).layer(0), Plain(size, policy)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(5):
+        chosen = torch.randint(0, experts, (places,), generator=generator)
+        chosen[-1] = number  # which often is in no place but the last
+        step(slots, plain, chosen.tolist(), policy, number != 2)
+
+
 def test_frequency_forgets() -> None:
     """Over several halvings: an expert that was used often long ago goes before one used now and then."""
     from nsa_transformer.kernels.triton import expert_slots as kernels
@@ -99,6 +116,19 @@ def test_frequency_forgets() -> None:
     for number in range(150):
         step(slots, plain, [0] if number < 40 else [1 + number % 3 % 2], "frequency")
     assert 0 not in plain.owners and plain.clock > 2 * HALVING
+
+
+def test_uses_are_compared_after_they_are_halved() -> None:
+    """Three and two are both one then, and of equals the first slot goes."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    slots, plain = kernels.Slots.empty(1, 4, 2, DEVICE).layer(0), Plain(2, "frequency")
+    step(slots, plain, [0, 1], "frequency")
+    slots.priority[:2] = torch.tensor([3, 2])
+    slots.clock.fill_(HALVING - 1)
+    plain.uses, plain.clock = {0: 3, 1: 2}, HALVING - 1
+    step(slots, plain, [2], "frequency")
+    assert plain.owners == [2, 1]
 
 
 def test_the_two_policies_differ() -> None:

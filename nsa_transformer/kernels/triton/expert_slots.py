@@ -65,38 +65,48 @@ def slots_plan(
     E: tl.constexpr, S: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
     FREQUENCY: tl.constexpr, DEMAND: tl.constexpr, USE: tl.constexpr, HALVING: tl.constexpr,
 ):  # fmt: skip
-    """One program of one warp: several would hold copies of what is loaded, and one might load what another has stored already. EXPERTS and SLOTS are E and S
-    padded. Without DEMAND the indices are a guess: it makes experts present, and is no use of them."""
+    """One program of one warp: several would hold copies of what is loaded, and one might load what another has stored already. Every load comes before the
+    barrier and every store after it, so that a plan waits for memory once; only priorities of owners are asked for later, and are in the cache by then.
+    EXPERTS and SLOTS are E and S padded. Without DEMAND the indices are a guess: it makes experts present, and is no use of them."""
     e = tl.arange(0, EXPERTS)
     s = tl.arange(0, SLOTS)
-    tl.store(marks + e, 0, mask=e < E)
-    tl.debug_barrier()
-    for start in range(0, rows, CHUNK):
-        r = start + tl.arange(0, CHUNK)
-        tl.store(marks + tl.load(indices + r, mask=r < rows, other=0), 1, mask=r < rows)
-    tl.debug_barrier()
-    needed = tl.load(marks + e, mask=e < E, other=0)
-    absent = tl.where(tl.load(table + e, mask=e < E, other=0) < 0, needed, 0)
-    count = tl.sum(absent, 0)
-    tl.debug_barrier()
-    tl.store(marks + e, needed + absent, mask=e < E)  # 1 and 2: below it only counts that neither is 0
+    lies = tl.load(table + e, mask=e < E, other=0)
     rank = tl.load(priority + e, mask=e < E, other=0)
+    holds = tl.load(owner + s, mask=s < S, other=-1)
     if DEMAND:
         now = tl.load(clock) + 1
-        uses = tl.where(now % HALVING == 0, rank // 2, rank) + needed * USE
-        rank = uses if FREQUENCY else tl.where(needed != 0, now, rank)
-        tl.store(priority + e, rank, mask=e < E)
-        tl.store(counts, tl.load(counts) + (tl.sum(needed, 0) - count))
-        tl.store(counts + 1, tl.load(counts + 1) + count)
-        tl.debug_barrier()
-        tl.store(clock, now)  # after the barrier: by now every thread has read it
+        hits, misses = tl.load(counts), tl.load(counts + 1)
     else:
-        tl.store(counts + 2, tl.load(counts + 2) + count)
-    holds = tl.load(owner + s, mask=s < S, other=-1)
+        prefetched = tl.load(counts + 2)
+    needed = e < 0  # the experts that a row names, and the slots that hold one of them
+    kept = s < 0
+    for start in range(0, rows, CHUNK):
+        for row in tl.static_range(CHUNK):
+            chosen = tl.load(indices + start + row, mask=start + row < rows, other=-2).to(tl.int32)  # -1 is the owner of a free slot
+            needed |= e == chosen
+            kept |= holds == chosen
+    absent = (needed & (lies < 0)).to(tl.int32)
+    count = tl.sum(absent, 0)
+    uses = needed.to(tl.int32)
     # Free slots cost nothing, slots that the plan needs cannot be taken. The needed experts are at most S, so there are enough others.
     BUSY: tl.constexpr = 2147483647
-    cost = tl.load(priority + holds, mask=holds >= 0, other=-1)
-    cost = tl.where((s < S) & (tl.load(marks + holds, mask=holds >= 0, other=0) == 0), cost, BUSY)
+    cost = tl.load(priority + holds, mask=holds >= 0, other=0)
+    if FREQUENCY and DEMAND:
+        rank = tl.where(now % HALVING == 0, rank // 2, rank) + uses * USE
+        cost = tl.where(now % HALVING == 0, cost // 2, cost)
+    elif DEMAND:
+        rank = tl.where(needed, now, rank)
+    cost = tl.where(holds < 0, -1, cost)
+    cost = tl.where((s < S) & ~kept, cost, BUSY)
+    tl.debug_barrier()
+    tl.store(marks + e, uses + absent, mask=e < E)  # AT_HAND is 1, COPIED 2
+    if DEMAND:
+        tl.store(priority + e, rank, mask=e < E)
+        tl.store(clock, now)
+        tl.store(counts, hits + (tl.sum(uses, 0) - count))
+        tl.store(counts + 1, misses + count)
+    else:
+        tl.store(counts + 2, prefetched + count)
     for move in range(count):
         slot = tl.argmin(cost, 0)
         expert = tl.argmax(absent, 0)
@@ -142,9 +152,9 @@ def plan(indices: Tensor, slots: Slots, policy: str, demand: bool = True) -> Non
     assert slots.table.dim() == 1 and policy in POLICIES
     rows, experts, count = indices.numel(), slots.table.shape[0], slots.owner.shape[0]
     assert rows <= count, f"{rows} places for {count} slots"
-    padded = (max(16, triton.next_power_of_2(n)) for n in (experts, count, min(rows, 512)))
+    padded = (max(16, triton.next_power_of_2(n)) for n in (experts, count))
     slots_plan[(1,)](
-        indices.contiguous(), *(getattr(slots, field.name) for field in fields(slots)), rows, experts, count, *padded,
+        indices.contiguous(), *(getattr(slots, field.name) for field in fields(slots)), rows, experts, count, *padded, 8 if rows <= 8 else 16,
         policy == "frequency", demand, USE, HALVING, num_warps=1,
     )  # fmt: skip
 
