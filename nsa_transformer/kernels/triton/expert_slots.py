@@ -1,8 +1,9 @@
 """Which experts lie in which slots of a pool on the GPU, decided and copied there: nothing waits for the device, all shapes are fixed, a graph can capture it.
 
 Of each layer: a table (expert to slot, -1: absent), the slots' owners, a priority per expert, a list of copies. *plan* marks the experts that the indices name,
-takes slots for the absent ones from the owners of least priority, and writes the list. *fetch* copies along the list, from page-locked host memory that the
-GPU reads itself, 16 bytes a thread. *stream* copies experts one after the other, for a prompt that needs them all, and takes what lies in slots from there.
+takes slots for the absent ones from the owners of least priority, and writes the list. *fetch* copies a part of each expert along the list, from page-locked
+host memory that the GPU reads itself, 16 bytes a thread. *stream* copies experts one after the other, for a prompt that needs them all, and takes what lies in
+slots from there.
 
 An expert's weights are one piece of WORDS int32, in the host's memory [layers, E, WORDS] as in the slots.
 """
@@ -15,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nsa_transformer.kernels.triton.common import launches_dependently
 
 POLICIES = ("lru", "frequency")
 HITS, MISSES, PREFETCHED, STREAMED = range(4)  # columns of Slots.counts
@@ -122,14 +126,23 @@ def slots_plan(
 
 
 @triton.jit(repr=lambda _: "slots_fetch")
-def slots_fetch(host, pool, moves, WORDS: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
-    """pool [S, WORDS]: the slots of the list, from host [E, WORDS]. Programs take blocks in turn, so all read the same expert at a time."""
-    blocks: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
-    for unit in range(tl.program_id(0), tl.load(moves) * blocks, tl.num_programs(0)):
+def slots_fetch(
+    host, pool, moves, WORDS: tl.constexpr, START: tl.constexpr, PART: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """pool [S, WORDS]: words START … START + PART of the slots of the list, from host [E, WORDS]. Programs take blocks in turn, so all read the same expert at
+    a time. PDL: the next part may be launched when each program asks for its last block, so that the link does not fall idle between the two. It reads and
+    writes other words, and need not wait; it ends after the part before it, so that who waits for it has both."""
+    blocks: tl.constexpr = (PART + BLOCK - 1) // BLOCK
+    units = tl.load(moves) * blocks
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         expert = tl.load(moves + 1 + unit // blocks).to(tl.int64)
         slot = tl.load(moves + 1 + S + unit // blocks).to(tl.int64)
+        if PDL and unit + tl.num_programs(0) >= units:
+            gdc_launch_dependents()
         at = unit % blocks * BLOCK + tl.arange(0, BLOCK)
-        tl.store(pool + slot * WORDS + at, tl.load(host + expert * WORDS + at, mask=at < WORDS), mask=at < WORDS)
+        tl.store(pool + slot * WORDS + START + at, tl.load(host + expert * WORDS + START + at, mask=at < PART), mask=at < PART)
+    if PDL:
+        gdc_wait()
 
 
 @triton.jit(repr=lambda _: "slots_stream", do_not_specialize=["first", "count"])
@@ -159,9 +172,11 @@ def plan(indices: Tensor, slots: Slots, policy: str, demand: bool = True) -> Non
     )  # fmt: skip
 
 
-def fetch(host: Tensor, pool: Tensor, slots: Slots) -> None:
-    """Copy what the last plan lists from host int32 [E, words], page-locked, to pool int32 [S, words]."""
-    slots_fetch[(PROGRAMS,)](host, pool, slots.moves, host.shape[1], pool.shape[0], BLOCK)
+def fetch(host: Tensor, pool: Tensor, slots: Slots, start: int, part: int) -> None:
+    """Copy words start … start + part of what the last plan lists from host int32 [E, words], page-locked, to pool int32 [S, words]. A part that begins beyond
+    0 comes right after the one before it, and may be launched before that has ended."""
+    pdl = launches_dependently(pool.device)
+    slots_fetch[(PROGRAMS,)](host, pool, slots.moves, host.shape[1], start, part, pool.shape[0], BLOCK, PDL=pdl, launch_pdl=pdl and start > 0)
 
 
 def stream(host: Tensor, pool: Tensor, slots: Slots, first: int, out13: Tensor, out2: Tensor) -> None:
