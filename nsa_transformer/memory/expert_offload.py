@@ -1,8 +1,8 @@
 """Experts that live in host memory and come to the GPU as they are needed, for inference.
 
 Each layer has slots on the GPU. Few tokens, as in decoding: a kernel looks up which experts they need and makes room for the missing ones by the policy,
-another copies these, each in one piece, and the experts' kernels read through the table of slots. The host decides nothing and waits for nothing, so a
-decode step can be captured in a graph. Many tokens, which need nearly all experts: the layer is streamed through two buffers, and while the experts in one
+another copies these, w13 of all before w2 of all, and the experts' kernels read through the table of slots. The host decides nothing and waits for nothing, so
+a decode step can be captured in a graph. Many tokens, which need nearly all experts: the layer is streamed through two buffers, and while the experts in one
 are computed the next are on their way to the other; the next layer's first ones come during its attention.
 
 Models know nothing of it: their mixture-of-experts layers call what is handed in as `experts`, and keep their weights on the meta device.
@@ -95,6 +95,8 @@ class ExpertStore:
         self.dtype, self.device, self.config = dtype, device, config
         self.expert_bytes = 3 * hidden_size * width * dtype.itemsize
         words = self.expert_bytes // 4
+        cut = words // 3 * 2
+        self._matrix_words = ((0, cut), (cut, words - cut))  # first word and words of w13, of w2
         self.slots, self.chunk = self._divide(_budget(config, device), top_k)
         self.arena = HostArena(layers * experts * self.expert_bytes, device, config.pin_memory)
         self._host = self.arena.bytes.view(torch.int32).view(layers, experts, words)
@@ -102,7 +104,7 @@ class ExpertStore:
         self._state = Slots.empty(layers, experts, self.slots, device)
         self._states = [self._state.layer(index) for index in range(layers)]
         buffers = torch.empty(2, self.chunk * words, dtype=torch.int32, device=device)
-        cut = self.chunk * words // 3 * 2
+        cut *= self.chunk
         self._buffers = [_Buffer(flat[:cut].view(self.chunk, -1), flat[cut:].view(self.chunk, -1)) for flat in buffers]
         self._turn = 0
         self._staged: tuple[int, int, _Buffer] | None = None
@@ -183,20 +185,29 @@ class ExpertStore:
         before = self._lane.mark()
         with self._lane.beside():
             self._lane.wait(before)  # whoever computed from a slot is done before it changes
-            if self.arena.pinned:
-                expert_slots.fetch(self._host[layer], self._pool[layer], state)
-            else:
-                self._fetch_by_host(layer, state.moves)
-            fetched = self._lane.mark()
+            fetched13, fetched2 = self._fetch(layer)
         if self.config.prefetch and next_router is not None:
             self._prefetch(layer + 1, next_router, x)
-        return experts_decode.forward(x, indices, weights, *self._matrices(self._pool[layer]), state, lambda: self._lane.wait(fetched))
+        joins = (lambda: self._lane.wait(fetched13), lambda: self._lane.wait(fetched2))
+        return experts_decode.forward(x, indices, weights, *self._matrices(self._pool[layer]), state, joins)
 
-    def _fetch_by_host(self, layer: int, moves: Tensor) -> None:
-        """The list's copies from pageable memory: the host reads the list, and passes each expert through a staging buffer of the driver's."""
-        count, *places = moves.tolist()
-        for expert, slot in zip(places[:count], places[self.slots : self.slots + count], strict=True):
-            self._pool[layer, slot].copy_(self._host[layer, expert], non_blocking=True)
+    def _fetch(self, layer: int) -> list[torch.cuda.Event | None]:
+        """Begin to copy what the plan lists: w13 of all these experts, then w2, which is on its way while x is multiplied with w13. A mark after each.
+        From pageable memory the host reads the list, and passes each matrix through a staging buffer of the driver's."""
+        from nsa_transformer.kernels.triton import expert_slots
+
+        host, pool, state, marks = self._host[layer], self._pool[layer], self._states[layer], []
+        listed: list[tuple[int, int]] = []
+        if not self.arena.pinned:
+            count, *places = state.moves.tolist()
+            listed = list(zip(places[:count], places[self.slots : self.slots + count], strict=True))
+        for start, part in self._matrix_words:
+            if self.arena.pinned:
+                expert_slots.fetch(host, pool, state, start, part)
+            for expert, slot in listed:
+                pool[slot, start : start + part].copy_(host[expert, start : start + part], non_blocking=True)
+            marks.append(self._lane.mark())
+        return marks
 
     def _prefetch(self, layer: int, router: Router, x: Tensor) -> None:
         """Copy what the next layer's router would choose for this layer's input, while this one computes and after its own copies, which have waited for x.
@@ -207,7 +218,7 @@ class ExpertStore:
             guess = router(x)[0][:, : self.config.prefetch].contiguous()
             state = self._states[layer]
             expert_slots.plan(guess, state, self.config.policy, demand=False)
-            expert_slots.fetch(self._host[layer], self._pool[layer], state)
+            expert_slots.fetch(self._host[layer], self._pool[layer], state, 0, self._pool.shape[2])
             # Held until the next layer has waited: x is the current stream's, which else might use its memory again too early.
             self._ahead = (self._lane.mark(), (x, guess))
 

@@ -67,18 +67,20 @@ def experts_decode(dtype: torch.dtype) -> None:
     w13, w2 = torch.empty(num, 2 * width, hidden_size, dtype=dtype), torch.empty(num, hidden_size, width, dtype=dtype)
     for tokens, slots in ((1, Slots.empty(1, num, 16, torch.device("cpu")).layer(0)), (1, None), (24, None), (64, None)):
         x, indices = torch.empty(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, top_k, dtype=torch.int64)
-        kernels.forward(x, indices, torch.empty(tokens, top_k), w13, w2, slots)
+        joins = None if slots is None else (lambda: None, lambda: None)
+        kernels.forward(x, indices, torch.empty(tokens, top_k), w13, w2, slots, joins)
 
 
 def expert_slots(num: int = 128, slots: int = 46, words: int = 3 * 768 * 2048 // 2) -> None:
-    """Plan of both policies and of a guess, copies of missing experts, and of neighbouring ones."""
+    """Plan of both policies and of a guess, copies of missing experts, part by part and whole, and of neighbouring ones."""
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
     state = kernels.Slots.empty(1, num, slots, torch.device("cpu")).layer(0)
     host, pool = torch.empty(num, words, dtype=torch.int32), torch.empty(slots, words, dtype=torch.int32)
     for policy, demand in (("lru", True), ("frequency", True), ("lru", False)):
         kernels.plan(torch.zeros(1, 8, dtype=torch.int64), state, policy, demand)
-    kernels.fetch(host, pool, state)
+    for start, part in ((0, words // 3 * 2), (words // 3 * 2, words // 3), (0, words)):
+        kernels.fetch(host, pool, state, start, part)
     kernels.stream(host, pool, state, 0, torch.empty(7, words // 3 * 2, dtype=torch.int32), torch.empty(7, words // 3, dtype=torch.int32))
 
 
@@ -126,6 +128,7 @@ def cases() -> list[Case]:
         Case("experts decode bf16", partial(experts_decode, half)),
         Case("experts decode f32", partial(experts_decode, full), slow=True),
         Case("expert slots", expert_slots),
+        Case("expert slots, all of 512", partial(expert_slots, 512, 512), slow=True),
         Case("decoding bf16 128 G16, 64k", partial(decoding, 1, 64, 128, 128, 16, half)),
         Case("decoding bf16 128 G16, 128k, e4m3", partial(decoding, 16, 128, 128, 128, 16, half, 512), slow=True, targets=(90, 100)),
         Case("decoding bf16 192/128 G3", partial(decoding, 2, 8, 192, 128, 3, half), slow=True),

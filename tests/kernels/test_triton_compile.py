@@ -124,7 +124,7 @@ from tests.kernels.aot_cases import cases
 
 found = {}
 for case in cases():
-    if case.name in ("experts decode bf16", "experts bf16, few rows each", "decoding bf16 128 G16, 64k"):
+    if case.name in ("experts decode bf16", "expert slots", "experts bf16, few rows each", "decoding bf16 128 G16, 64k"):
         for target in (80, 90, 100):
             with aot.record(target) as recording:
                 case.call()
@@ -147,7 +147,9 @@ def test_who_is_launched_before_the_kernel_ahead_has_ended() -> None:
         mine = {name.removeprefix(f"{target} "): choices for name, choices in found.items() if name.startswith(f"{target} ")}
         sums = mine.pop("experts_sum")
         assert sums.count([True, True]) == 4 and sums.count([False, False]) == 2, "decoding's; training's forward and backward"
-        for name in ("decode_scan", "decode_selected", "decode_combine", "experts_decode_down"):
+        assert mine.pop("experts_decode_down") == [[True, True], [False, True], *[[True, True]] * 3], "the second one follows a copy as well"
+        assert mine.pop("slots_fetch") == [[False, True], [True, True], [False, True]], "the part that begins beyond 0 follows the one before it"
+        for name in ("decode_scan", "decode_selected", "decode_combine"):
             assert set(map(tuple, mine.pop(name))) == {(True, True)}, name
         assert set(map(tuple, mine.pop("experts_decode_up"))) == {(False, True)}, "*down* reads what was written before *up*"
         assert all(choice == [False, False] for choices in mine.values() for choice in choices)

@@ -64,7 +64,10 @@ def step(slots, plain: Plain, chosen: list[int], policy: str, demand: bool = Tru
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
     kernels.plan(torch.tensor(chosen, device=DEVICE), slots, policy, demand)
+    marks = [(kernels.AT_HAND if e in plain.owners else kernels.COPIED) if e in chosen else 0 for e in range(len(slots.marks))]
     expected = plain.plan(chosen, demand)
+    assert slots.marks.tolist() == marks
+    assert slots.priority.tolist() == [plain.priority(e) for e in range(len(slots.priority))] and int(slots.clock) == plain.clock
     count, *rest = slots.moves.tolist()
     size = len(rest) // 2
     assert list(zip(rest[:count], rest[size : size + count], strict=True)) == expected
@@ -91,6 +94,20 @@ def test_policies_against_a_plain_model(policy: str, data: st.DataObject) -> Non
         assert (untouched.table == -1).all() and not untouched.counts.any() and not untouched.clock.any()
 
 
+@pytest.mark.parametrize("policy", ["lru", "frequency"])
+@pytest.mark.parametrize(("experts", "size", "places"), [(8, 8, 8), (16, 9, 9), (64, 64, 64), (200, 70, 33), (512, 512, 17)])
+def test_many_places(experts: int, size: int, places: int, policy: str) -> None:
+    """As many as are looked through at once, one more, many more; some of them twice."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    slots, plain = kernels.Slots.empty(1, experts, size, DEVICE).layer(0), Plain(size, policy)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(5):
+        chosen = torch.randint(0, experts, (places,), generator=generator)
+        chosen[-1] = number  # which often is in no place but the last
+        step(slots, plain, chosen.tolist(), policy, number != 2)
+
+
 def test_frequency_forgets() -> None:
     """Over several halvings: an expert that was used often long ago goes before one used now and then."""
     from nsa_transformer.kernels.triton import expert_slots as kernels
@@ -99,6 +116,19 @@ def test_frequency_forgets() -> None:
     for number in range(150):
         step(slots, plain, [0] if number < 40 else [1 + number % 3 % 2], "frequency")
     assert 0 not in plain.owners and plain.clock > 2 * HALVING
+
+
+def test_uses_are_compared_after_they_are_halved() -> None:
+    """Three and two are both one then, and of equals the first slot goes."""
+    from nsa_transformer.kernels.triton import expert_slots as kernels
+
+    slots, plain = kernels.Slots.empty(1, 4, 2, DEVICE).layer(0), Plain(2, "frequency")
+    step(slots, plain, [0, 1], "frequency")
+    slots.priority[:2] = torch.tensor([3, 2])
+    slots.clock.fill_(HALVING - 1)
+    plain.uses, plain.clock = {0: 3, 1: 2}, HALVING - 1
+    step(slots, plain, [2], "frequency")
+    assert plain.owners == [2, 1]
 
 
 def test_the_two_policies_differ() -> None:
@@ -119,26 +149,35 @@ def on_host(x: Tensor) -> Tensor:
     return x.pin_memory() if DEVICE.type == "cuda" else x
 
 
-@pytest.mark.parametrize("words", [12, 4096, 4100, 9000])
+@pytest.mark.parametrize("words", [12, 4096, 4100, 9000, 40000])
 def test_copies(words: int) -> None:
-    """Fetched experts lie in their slots, nothing else was touched, and streaming takes them from there."""
+    """Fetched experts lie in their slots, part by part, nothing else was touched, and streaming takes them from there."""
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
     host = on_host(pieces(6, words))
     slots = kernels.Slots.empty(1, 6, 4, DEVICE).layer(0)
     pool = torch.full((4, words), -7, dtype=torch.int32, device=DEVICE)
     kernels.plan(torch.tensor([5, 2, 5], device=DEVICE), slots, "lru")
-    kernels.fetch(host, pool, slots)
-    table = slots.table.tolist()
+    table, part = slots.table.tolist(), words // 12 * 8
     assert [e for e in range(6) if table[e] >= 0] == [2, 5]
+    kernels.fetch(host, pool, slots, 0, part)
+    assert (pool[:, part:] == -7).all()
+    for expert in (2, 5):
+        assert torch.equal(pool[table[expert], :part].cpu(), host[expert, :part])
+    pool[:, :part] += 1
+    kernels.fetch(host, pool, slots, part, words - part)
+    assert torch.equal(pool[[table[2], table[5]], :part].cpu(), host[[2, 5], :part] + 1)
+    kernels.fetch(host, pool, slots, 0, part)
     for expert in (2, 5):
         assert torch.equal(pool[table[expert]].cpu(), host[expert])
-    assert (pool[[s for s in range(4) if s not in table]] == -7).all()
+    assert (pool[[s for s in range(4) if s not in table]] + (torch.arange(words, device=DEVICE) >= part) == -6).all()
+    kernels.fetch(host, pool, slots, 0, words)
+    assert torch.equal(pool[[table[2], table[5]]].cpu(), host[[2, 5]])
     kernels.plan(torch.tensor([2], device=DEVICE), slots, "lru")
     pool += 1  # an empty list copies nothing
-    kernels.fetch(host, pool, slots)
+    for start, count in ((0, part), (part, words - part)):
+        kernels.fetch(host, pool, slots, start, count)
     assert torch.equal(pool[table[2]].cpu(), host[2] + 1)
-    part = words // 12 * 8
     out13, out2 = (torch.full((3, n), -9, dtype=torch.int32, device=DEVICE) for n in (part, words - part))
     kernels.stream(host, pool, slots, 2, out13, out2)
     expected = host[2:5].clone()
@@ -161,13 +200,17 @@ def test_a_captured_plan_and_copy_follow_their_indices() -> None:
     slots, plain = kernels.Slots.empty(1, 128, 20, DEVICE).layer(0), Plain(20, policy)
     pool = torch.zeros(20, host.shape[1], dtype=torch.int32, device=DEVICE)
     indices = torch.arange(8, device=DEVICE)
-    kernels.plan(indices, slots, policy)
-    kernels.fetch(host, pool, slots)
+
+    def step() -> None:
+        kernels.plan(indices, slots, policy)
+        kernels.fetch(host, pool, slots, 0, 2 * 4096)
+        kernels.fetch(host, pool, slots, 2 * 4096, 4096)
+
+    step()
     plain.plan(list(range(8)), True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.plan(indices, slots, policy)
-        kernels.fetch(host, pool, slots)
+        step()
     for number in range(50):
         indices.copy_(torch.randperm(128, generator=torch.Generator().manual_seed(number))[:8])
         graph.replay()

@@ -23,8 +23,8 @@ ORDER = ("x", "indices", "weights", "w13", "w2")
 
 
 def in_slots(case: dict[str, Tensor], spare: int = 2) -> Tensor:
-    """The output with the chosen experts' weights in slots as offloading has it, w13 before w2 in each, in no order, among NaN. Every other one is there
-    only when it is waited for."""
+    """The output with the chosen experts' weights in slots as offloading has it, w13 before w2 in each, in no order, among NaN. Every other one comes
+    only when it is waited for, w13 and w2 apart, and its w13 is gone again when w2 is waited for."""
     from nsa_transformer.kernels.triton import experts_decode
     from nsa_transformer.kernels.triton.expert_slots import AT_HAND, COPIED, Slots
 
@@ -36,20 +36,18 @@ def in_slots(case: dict[str, Tensor], spare: int = 2) -> Tensor:
     w13 = pool[:, : lines * hidden].view(-1, lines, hidden)
     w2 = pool[:, lines * hidden :].view(-1, hidden, lines // 2)
 
-    def bring(number: int) -> None:
-        w13[places[number]], w2[places[number]] = case["w13"][used[number]], case["w2"][used[number]]
-
     for number, (expert, place) in enumerate(zip(used, places, strict=True)):
         slots.table[expert] = place
         slots.marks[expert] = COPIED if number % 2 else AT_HAND
-        if number % 2 == 0:
-            bring(number)
+    w13[places[::2]], w2[places[::2]] = case["w13"][used[::2]], case["w2"][used[::2]]
 
-    def join() -> None:
-        for number in range(1, len(used), 2):
-            bring(number)
+    def join_up() -> None:
+        w13[places[1::2]] = case["w13"][used[1::2]]
 
-    return experts_decode.forward(case["x"], case["indices"], case["weights"], w13, w2, slots, join)
+    def join_down() -> None:
+        w13[places[1::2]], w2[places[1::2]] = torch.nan, case["w2"][used[1::2]]
+
+    return experts_decode.forward(case["x"], case["indices"], case["weights"], w13, w2, slots, (join_up, join_down))
 
 
 def check(case: dict[str, Tensor]) -> Tensor:

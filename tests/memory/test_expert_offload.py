@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -26,6 +29,9 @@ from nsa_transformer.models.moe import MixtureOfExperts
 from nsa_transformer.utils.hardware import GIB
 
 from ..models.small import random_tokens, small_config, small_model
+
+if TYPE_CHECKING:
+    from nsa_transformer.kernels.triton.expert_slots import Slots
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux alone"),
@@ -106,6 +112,55 @@ def test_generation_is_the_same_to_the_bit(name: str, monkeypatch: pytest.Monkey
     assert (found.prefetched > 0) == ("prefetch" in name)
     assert found.copied_bytes == (found.misses + found.prefetched + found.streamed) * EXPERT * DTYPE.itemsize
     assert found.hit_rate == found.hits / (found.hits + found.misses)
+
+
+class LateLane:
+    """In the place of a store's copy lane: what *fetch* is to copy comes when it is waited for, and until then NaN lies there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from nsa_transformer.kernels.triton import expert_slots
+
+        self.fetch, self.copies, self.done, self.inside = expert_slots.fetch, [], 0, False
+        self.at_once: list[int] = []  # copies that came with each waiting
+        monkeypatch.setattr(expert_slots, "fetch", self.put_off)
+
+    def put_off(self, host: Tensor, pool: Tensor, slots: Slots, start: int, part: int) -> None:
+        assert self.inside
+        count, *places = slots.moves.tolist()
+        for slot in places[len(places) // 2 :][:count]:
+            pool[slot, start : start + part].view(DTYPE).fill_(torch.nan)
+        self.copies.append(partial(self.fetch, host, pool, slots, start, part))
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def mark(self) -> int:
+        return len(self.copies) if self.inside else 0
+
+    def wait(self, mark: int) -> None:
+        self.at_once.append(max(0, mark - self.done))
+        for copy_ in self.copies[self.done : mark]:
+            copy_()
+        self.done = max(self.done, mark)
+
+
+@pytest.mark.parametrize("name", ["lru", "prefetch all"])
+def test_copies_are_waited_for_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """w13 before *up*, w2 before *down*, guesses before their layer, and none of them earlier."""
+    model, moved = pair(**VARIANTS[name])
+    store = store_of(moved)
+    assert store is not None
+    lane = LateLane(monkeypatch)
+    monkeypatch.setattr(store, "_lane", lane)
+    prompt = random_tokens(3).tolist()
+    assert list(generate(moved, prompt, 6, GREEDY)) == list(generate(model, prompt, 6, GREEDY))
+    with torch.no_grad():
+        for tokens in random_tokens(8, seed=1).to(DEVICE).split(1):
+            assert torch.equal(moved(tokens), model(tokens))
+    assert len(lane.copies) > 40 and lane.done == len(lane.copies) and set(lane.at_once) == {0, 1}
 
 
 def test_all_experts_at_hand_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """Which experts lie in which slots of a pool on the GPU, decided and copied there: nothing waits for the device, all shapes are fixed, a graph can capture it.
 
 Of each layer: a table (expert to slot, -1: absent), the slots' owners, a priority per expert, a list of copies. *plan* marks the experts that the indices name,
-takes slots for the absent ones from the owners of least priority, and writes the list. *fetch* copies along the list, from page-locked host memory that the
-GPU reads itself, 16 bytes a thread. *stream* copies experts one after the other, for a prompt that needs them all, and takes what lies in slots from there.
+takes slots for the absent ones from the owners of least priority, and writes the list. *fetch* copies a part of each expert along the list, from page-locked
+host memory that the GPU reads itself, 16 bytes a thread. *stream* copies experts one after the other, for a prompt that needs them all, and takes what lies in
+slots from there.
 
 An expert's weights are one piece of WORDS int32, in the host's memory [layers, E, WORDS] as in the slots.
 """
@@ -15,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nsa_transformer.kernels.triton.common import launches_dependently
 
 POLICIES = ("lru", "frequency")
 HITS, MISSES, PREFETCHED, STREAMED = range(4)  # columns of Slots.counts
@@ -65,38 +69,48 @@ def slots_plan(
     E: tl.constexpr, S: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
     FREQUENCY: tl.constexpr, DEMAND: tl.constexpr, USE: tl.constexpr, HALVING: tl.constexpr,
 ):  # fmt: skip
-    """One program of one warp: several would hold copies of what is loaded, and one might load what another has stored already. EXPERTS and SLOTS are E and S
-    padded. Without DEMAND the indices are a guess: it makes experts present, and is no use of them."""
+    """One program of one warp: several would hold copies of what is loaded, and one might load what another has stored already. Every load comes before the
+    barrier and every store after it, so that a plan waits for memory once; only priorities of owners are asked for later, and are in the cache by then.
+    EXPERTS and SLOTS are E and S padded. Without DEMAND the indices are a guess: it makes experts present, and is no use of them."""
     e = tl.arange(0, EXPERTS)
     s = tl.arange(0, SLOTS)
-    tl.store(marks + e, 0, mask=e < E)
-    tl.debug_barrier()
-    for start in range(0, rows, CHUNK):
-        r = start + tl.arange(0, CHUNK)
-        tl.store(marks + tl.load(indices + r, mask=r < rows, other=0), 1, mask=r < rows)
-    tl.debug_barrier()
-    needed = tl.load(marks + e, mask=e < E, other=0)
-    absent = tl.where(tl.load(table + e, mask=e < E, other=0) < 0, needed, 0)
-    count = tl.sum(absent, 0)
-    tl.debug_barrier()
-    tl.store(marks + e, needed + absent, mask=e < E)  # 1 and 2: below it only counts that neither is 0
+    lies = tl.load(table + e, mask=e < E, other=0)
     rank = tl.load(priority + e, mask=e < E, other=0)
+    holds = tl.load(owner + s, mask=s < S, other=-1)
     if DEMAND:
         now = tl.load(clock) + 1
-        uses = tl.where(now % HALVING == 0, rank // 2, rank) + needed * USE
-        rank = uses if FREQUENCY else tl.where(needed != 0, now, rank)
-        tl.store(priority + e, rank, mask=e < E)
-        tl.store(counts, tl.load(counts) + (tl.sum(needed, 0) - count))
-        tl.store(counts + 1, tl.load(counts + 1) + count)
-        tl.debug_barrier()
-        tl.store(clock, now)  # after the barrier: by now every thread has read it
+        hits, misses = tl.load(counts), tl.load(counts + 1)
     else:
-        tl.store(counts + 2, tl.load(counts + 2) + count)
-    holds = tl.load(owner + s, mask=s < S, other=-1)
+        prefetched = tl.load(counts + 2)
+    needed = e < 0  # the experts that a row names, and the slots that hold one of them
+    kept = s < 0
+    for start in range(0, rows, CHUNK):
+        for row in tl.static_range(CHUNK):
+            chosen = tl.load(indices + start + row, mask=start + row < rows, other=-2).to(tl.int32)  # -1 is the owner of a free slot
+            needed |= e == chosen
+            kept |= holds == chosen
+    absent = (needed & (lies < 0)).to(tl.int32)
+    count = tl.sum(absent, 0)
+    uses = needed.to(tl.int32)
     # Free slots cost nothing, slots that the plan needs cannot be taken. The needed experts are at most S, so there are enough others.
     BUSY: tl.constexpr = 2147483647
-    cost = tl.load(priority + holds, mask=holds >= 0, other=-1)
-    cost = tl.where((s < S) & (tl.load(marks + holds, mask=holds >= 0, other=0) == 0), cost, BUSY)
+    cost = tl.load(priority + holds, mask=holds >= 0, other=0)
+    if FREQUENCY and DEMAND:
+        rank = tl.where(now % HALVING == 0, rank // 2, rank) + uses * USE
+        cost = tl.where(now % HALVING == 0, cost // 2, cost)
+    elif DEMAND:
+        rank = tl.where(needed, now, rank)
+    cost = tl.where(holds < 0, -1, cost)
+    cost = tl.where((s < S) & ~kept, cost, BUSY)
+    tl.debug_barrier()
+    tl.store(marks + e, uses + absent, mask=e < E)  # AT_HAND is 1, COPIED 2
+    if DEMAND:
+        tl.store(priority + e, rank, mask=e < E)
+        tl.store(clock, now)
+        tl.store(counts, hits + (tl.sum(uses, 0) - count))
+        tl.store(counts + 1, misses + count)
+    else:
+        tl.store(counts + 2, prefetched + count)
     for move in range(count):
         slot = tl.argmin(cost, 0)
         expert = tl.argmax(absent, 0)
@@ -112,14 +126,23 @@ def slots_plan(
 
 
 @triton.jit(repr=lambda _: "slots_fetch")
-def slots_fetch(host, pool, moves, WORDS: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
-    """pool [S, WORDS]: the slots of the list, from host [E, WORDS]. Programs take blocks in turn, so all read the same expert at a time."""
-    blocks: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
-    for unit in range(tl.program_id(0), tl.load(moves) * blocks, tl.num_programs(0)):
+def slots_fetch(
+    host, pool, moves, WORDS: tl.constexpr, START: tl.constexpr, PART: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """pool [S, WORDS]: words START … START + PART of the slots of the list, from host [E, WORDS]. Programs take blocks in turn, so all read the same expert at
+    a time. PDL: the next part may be launched when each program asks for its last block, so that the link does not fall idle between the two. It reads and
+    writes other words, and need not wait; it ends after the part before it, so that who waits for it has both."""
+    blocks: tl.constexpr = (PART + BLOCK - 1) // BLOCK
+    units = tl.load(moves) * blocks
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         expert = tl.load(moves + 1 + unit // blocks).to(tl.int64)
         slot = tl.load(moves + 1 + S + unit // blocks).to(tl.int64)
+        if PDL and unit + tl.num_programs(0) >= units:
+            gdc_launch_dependents()
         at = unit % blocks * BLOCK + tl.arange(0, BLOCK)
-        tl.store(pool + slot * WORDS + at, tl.load(host + expert * WORDS + at, mask=at < WORDS), mask=at < WORDS)
+        tl.store(pool + slot * WORDS + START + at, tl.load(host + expert * WORDS + START + at, mask=at < PART), mask=at < PART)
+    if PDL:
+        gdc_wait()
 
 
 @triton.jit(repr=lambda _: "slots_stream", do_not_specialize=["first", "count"])
@@ -142,16 +165,18 @@ def plan(indices: Tensor, slots: Slots, policy: str, demand: bool = True) -> Non
     assert slots.table.dim() == 1 and policy in POLICIES
     rows, experts, count = indices.numel(), slots.table.shape[0], slots.owner.shape[0]
     assert rows <= count, f"{rows} places for {count} slots"
-    padded = (max(16, triton.next_power_of_2(n)) for n in (experts, count, min(rows, 512)))
+    padded = (max(16, triton.next_power_of_2(n)) for n in (experts, count))
     slots_plan[(1,)](
-        indices.contiguous(), *(getattr(slots, field.name) for field in fields(slots)), rows, experts, count, *padded,
+        indices.contiguous(), *(getattr(slots, field.name) for field in fields(slots)), rows, experts, count, *padded, 8 if rows <= 8 else 16,
         policy == "frequency", demand, USE, HALVING, num_warps=1,
     )  # fmt: skip
 
 
-def fetch(host: Tensor, pool: Tensor, slots: Slots) -> None:
-    """Copy what the last plan lists from host int32 [E, words], page-locked, to pool int32 [S, words]."""
-    slots_fetch[(PROGRAMS,)](host, pool, slots.moves, host.shape[1], pool.shape[0], BLOCK)
+def fetch(host: Tensor, pool: Tensor, slots: Slots, start: int, part: int) -> None:
+    """Copy words start … start + part of what the last plan lists from host int32 [E, words], page-locked, to pool int32 [S, words]. A part that begins beyond
+    0 comes right after the one before it, and may be launched before that has ended."""
+    pdl = launches_dependently(pool.device)
+    slots_fetch[(PROGRAMS,)](host, pool, slots.moves, host.shape[1], start, part, pool.shape[0], BLOCK, PDL=pdl, launch_pdl=pdl and start > 0)
 
 
 def stream(host: Tensor, pool: Tensor, slots: Slots, first: int, out13: Tensor, out2: Tensor) -> None:

@@ -5,12 +5,14 @@ the expert: rows of a tile are tokens, absent ones zero. A program stands for a 
 place chose the same expert. So the grid comes from shapes alone, one token starts no idle program, and nothing waits for the device.
 
 Experts lie where a table says, if one is given: expert e in slot table[e] of the weights, which is how offloaded experts are read (`expert_slots.py`). Then a
-pass is for those of one mark alone: first for experts that are at hand, while the others are being copied, then for these.
+pass is for those of one mark alone: first for experts that are at hand, while the others are being copied, then for these: *up* once every w13 is there, while
+w2 is still on its way, then *down*.
 
 From compute capability 9.0 on *down* is launched while *up* still runs, and the sum while *down* does (PDL: programmatic dependent launch), so that their
 programs are there, and *down* has looked up its expert, when what they wait for is. *up* is launched as usual, after all that came before it has ended: so
 what was written before *up*, such as the table and the marks, *down* and the sum may read without waiting, and so the second pass follows the first. Were
-*up* launched like them, *down* could start before the kernels ahead of *up* have ended, and would have to wait before its first load.
+*up* launched like them, *down* could start before the kernels ahead of *up* have ended, and would have to wait before its first load. *down* of copied experts
+is launched as usual too: it follows the copy of w2 on another stream as well, which ends long after *up*.
 
 Shape letters: M rows of a tile, N columns of a strip, DEPTH of the sum at a step; CHUNK places looked through at once; H hidden width, WIDTH of an expert.
 """
@@ -33,6 +35,8 @@ from nsa_transformer.kernels.triton.experts import Tile, sum_rows
 # Every program looks through all places for its own, and there is a program for each place and strip. Beyond 512 places, which make most experts of a usual
 # layer busy and their tiles of rows full, sorting once is less.
 MAX_ROWS = 512
+
+Joins = tuple[Callable[[], None], Callable[[], None]]
 
 
 @triton.jit
@@ -166,9 +170,9 @@ def _pitch(weights: Tensor) -> tuple[Tensor, int]:
     return packed(weights), one
 
 
-def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, slots: Slots | None = None, join: Callable[[], None] | None = None) -> Tensor:
-    """y [T, H] of at most MAX_ROWS places. With `slots`, one layer's, as the last plan left them, expert e is w13[table[e]], w2[table[e]]; `join` is called
-    before those are computed that the plan had copied."""
+def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, slots: Slots | None = None, joins: Joins | None = None) -> Tensor:
+    """y [T, H] of at most MAX_ROWS places. With `slots`, one layer's, as the last plan left them, expert e is w13[table[e]], w2[table[e]]. Before w13 of
+    experts that the plan had copied is read the first of `joins` is called, before their w2 the second; without `joins` both are there already."""
     hidden_size, width = x.shape[1], w2.shape[2]
     rows, top_k = indices.numel(), indices.shape[1]
     assert rows <= MAX_ROWS, f"{rows} places"
@@ -185,9 +189,13 @@ def forward(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
     activation, y = x.new_empty(rows, width), x.new_empty(rows, hidden_size)
     table, marks = (None, None) if slots is None else (slots.table, slots.marks)
     for mark in (0,) if slots is None else (AT_HAND, COPIED):
-        if mark == COPIED and join is not None:
-            join()
         where = (indices, table, marks, mark)
+        join_up, join_down = joins if mark == COPIED and joins is not None else (None, None)
+        if join_up is not None:
+            join_up()
         experts_decode_up[(rows * triton.cdiv(width, half),)](x, *where, w13, activation, rows, pitch13, K=top_k, **shared | {"N": half})
-        experts_decode_down[(rows * triton.cdiv(hidden_size, tile.columns),)](activation, *where, w2, y, rows, pitch2, launch_pdl=pdl, **shared)
+        if join_down is not None:
+            join_down()
+        early = pdl and join_down is None
+        experts_decode_down[(rows * triton.cdiv(hidden_size, tile.columns),)](activation, *where, w2, y, rows, pitch2, launch_pdl=early, **shared)
     return sum_rows(y, weights, True, pdl=pdl)[0]
