@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsa_transformer.kernels.rotary import rotate
+
 # YaRN's defaults for Llama-like models: dimensions that turn more often than BETA_FAST over the trained length keep their
 # frequency, those that turn less often than BETA_SLOW are interpolated, a ramp lies between.
 BETA_FAST, BETA_SLOW = 32.0, 1.0
@@ -21,10 +23,8 @@ class Rotation:
     sin: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x `[T, heads, D]` rotated, in x's dtype; the first half of D pairs with the second, as in Llama."""
-        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        cos, sin = self.cos[:, None], self.sin[:, None]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        """x `[T, heads, D]` rotated, contiguous, in x's dtype; the first half of D pairs with the second, as in Llama."""
+        return rotate(x, self.cos, self.sin)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
+            # torch computes this in float32 and rounds once: on the CPU the same bits as below, on a GPU one kernel. Under autocast it may stay float32.
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 

@@ -1,4 +1,5 @@
-"""The launches that `tests/kernels/aot.py` compiles: forward and backward of the attention, of φ and of the experts, per kind of model with its own tiles."""
+"""The launches that `tests/kernels/aot.py` compiles: forward and backward of the attention, of φ, of the experts and of the rotary embedding, per kind of
+model with its own tiles."""
 
 from __future__ import annotations
 
@@ -111,6 +112,15 @@ def decoding(
     decode.decode(torch.empty(sequences, hkv * group, dk, dtype=dtype), torch.empty(sequences, hkv * group, 3), cache, config, 0.1)
 
 
+def rotary(width: int, heads: int, dtype: torch.dtype) -> None:
+    """Forward of two thirds of a projection's heads, as of the keys, and backward."""
+    from nsa_transformer.kernels.triton import rotary as kernels
+
+    tokens = 4096
+    x, angle = torch.empty(tokens, 3 * heads, width, dtype=dtype)[:, heads:], torch.empty(tokens, width // 2)
+    kernels.rotate(kernels.rotate(x, angle, angle, False), angle, angle, True)
+
+
 def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
@@ -137,4 +147,7 @@ def cases() -> list[Case]:
         Case("phi bf16 128", partial(compression, 128, 128, half)),
         Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),
         Case("phi f32 256, one head", partial(compression, 256, 256, full, NSAConfig(64, 64, 64), 1), slow=True),
+        Case("rotary bf16 128", partial(rotary, 128, 4, half)),
+        Case("rotary bf16 192, odd heads", partial(rotary, 192, 3, half), slow=True),
+        Case("rotary f32 64", partial(rotary, 64, 4, full), slow=True),
     ]

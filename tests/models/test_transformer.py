@@ -1,4 +1,4 @@
-"""The transformer: packing, causality, loss, initial weights, sizes, bad input."""
+"""The transformer: packing, causality, norm, loss, initial weights, sizes, bad input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from nsa_transformer import ModelConfig, Transformer
 from nsa_transformer.config import build_config
 from nsa_transformer.models.loss import summed_loss, token_losses
-from nsa_transformer.models.transformer import LossOutput, count_parameters
+from nsa_transformer.models.transformer import LossOutput, RMSNorm, count_parameters
 
 from .small import VOCABULARY, random_tokens, small_config, small_model
 
@@ -81,6 +81,41 @@ def test_no_token_and_one_token(attention: str):
     assert model(nothing, torch.tensor([0], dtype=torch.int32)).shape == (0, VOCABULARY)
     assert model(nothing, torch.tensor([0, 0], dtype=torch.int32), targets=nothing).loss == 0
     assert model(random_tokens(1)).isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------------------- the norm
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: f"weight {dtype}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_is_computed_in_float32_and_rounded_once(dtype: torch.dtype, weight: torch.dtype, device: str):
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(96, 1e-6).to(device, weight)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * torch.randn(96, generator=generator))
+    for scale in (1e-3, 1.0, 30.0):
+        x = (scale * torch.randn(500, 96, generator=generator)).to(device, dtype)
+        exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
+        for enabled in (False, True):
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=enabled):
+                y = norm(x)
+            assert y.dtype == dtype
+            allowed = torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
+            assert ((y.double() - exact).abs() <= allowed * exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_of_a_16_bit_model_has_the_bits_of_casts_on_the_cpu(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(50, 96, generator=generator).to(dtype) for _ in range(2))
+    norm, leaf = RMSNorm(96, 1e-6).to(dtype), x.requires_grad_()
+    casts = F.rms_norm(leaf.float(), (96,), norm.weight.float(), 1e-6).to(dtype)
+    y = norm(leaf)
+    for found, wanted in zip(
+        (y, *torch.autograd.grad(y, (leaf, norm.weight), grad)), (casts, *torch.autograd.grad(casts, (leaf, norm.weight), grad)), strict=True
+    ):
+        assert torch.equal(found, wanted)
 
 
 # --------------------------------------------------------------------------------------------------------------- the loss
