@@ -158,9 +158,12 @@ class TestTriton:
     def test_16_bit(self, dtype: torch.dtype) -> None:
         check([600, 33], dtype=dtype)
 
-    def test_blocks_are_compared_in_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("nsa_transformer.kernels.triton.decode.COMPARED", 128)
-        check([4500, 2100, 1100, 80, 1], hkv=1)
+    @pytest.mark.parametrize(("stretch", "candidates"), [(8, 128), (16, 16), (64, 8), (256, 128)])
+    def test_blocks_are_compared_in_pieces(self, stretch: int, candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Many stretches, whose best are looked through; one of several pieces; fewer candidates than are kept of one; more than are compared at once."""
+        monkeypatch.setattr("nsa_transformer.kernels.triton.decode.STRETCH", stretch)
+        monkeypatch.setattr("nsa_transformer.kernels.triton.decode.CANDIDATES", candidates)
+        check([1500, 1100, 513, 80, 1], hkv=1)
 
     def test_many_blocks_are_chosen(self) -> None:
         check([1500, 700], NSAConfig(8, 4, 16, 40, 1, 2, 50), hkv=1)

@@ -14,9 +14,8 @@ from nsa_transformer.kernels.triton.decode_kernels import decode_combine, decode
 
 BESIDE = 16 << 10  # bytes of shared memory for what is not tiles of keys and values
 MOST_SPLITS = 64
-PROGRAMS = 2  # for each multiprocessor
-COMPARED = 1024  # blocks that are compared at once, and
-KEPT = 128  # how many of them may be left when each 128 have been compared
+STRETCH = 128  # blocks that a program of `decode_rank` compares, or as many more as leave no more than
+CANDIDATES = 128  # blocks of a pair to `decode_selected`
 
 
 def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float) -> tuple[Tensor, Tensor]:
@@ -24,51 +23,56 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     sequences, heads, dk = q.shape
     kv_heads, dv, max_pages = cache.k_slc.shape[1], cache.v_slc.shape[3], cache.pages.shape[1]
     group, pairs = heads // kv_heads, sequences * kv_heads
-    runs, select = config.select_block // config.compress_stride, config.select_block
-    group_rows, kept = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(config.num_selected)
-    padded, padded_v = triton.next_power_of_2(dk), triton.next_power_of_2(dv)
+    blocks = 64 // (config.select_block // config.compress_stride)  # of a page
     multiprocessors, pdl, shared = _chip(q.device)
-    full = q.dtype == torch.float32  # products on the ordinary cores, which take many registers
-    warps = 8 if full and padded + padded_v > 256 else 4
-    rows = 32 if full and runs <= 32 else 64  # of a tile
-    tiles = max_pages * 64 // rows
-    share = max(1, PROGRAMS * multiprocessors // pairs)
-    splits = _splits(share, tiles)
-    chosen_splits = _splits(share, config.num_selected * max(1, select // rows))
-    near_splits = _splits(share, cache.k_win.shape[2] // rows)
+    splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
+    near_splits = min(cache.k_win.shape[2] // 64, chosen_splits)
+    group_rows, kept = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(config.num_selected)
+    compared = min(STRETCH, 8192 // group_rows)  # blocks at once, as registers allow
+    stretch = max(STRETCH, triton.next_power_of_2(triton.cdiv(max_pages * blocks, max(1, CANDIDATES // kept))))
+    stretches = triton.cdiv(max_pages * blocks, stretch)
     # One piece of memory for what the kernels hand on, each part beginning at a multiple of 128 bytes.
-    counts = [pairs * group * tiles * rows // runs, *[pairs * group * tiles] * 2]
+    counts = [2 * pairs * stretches * kept, pairs * group * max_pages * blocks, *[pairs * group * max_pages] * 2]
     for count in (splits, near_splits, chosen_splits):
         counts += [pairs * count * group * dv, *[pairs * count * group] * 2]
     room = [-(-count // 32) * 32 for count in counts]
-    shares, spills, peaks, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
+    best, shares, spills, peaks, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
     scan, near, part = parts[:3], parts[3:6], parts[6:]
     chosen = torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
     out = q.new_empty(sequences, heads, dv)
     q, gates = q.contiguous(), gates.contiguous()
-    widths = {"DV": dv, "DVP": padded_v}
+    widths, padded = {"DV": dv, "DVP": triton.next_power_of_2(dv)}, triton.next_power_of_2(dk)
+    full = q.dtype == torch.float32  # products on the ordinary cores, which take many registers
     # A tile of keys and values ahead of the one that is attended, where there is room for both beside the queries.
-    ahead = 2 * rows * (padded + padded_v) * q.element_size() + BESIDE <= shared
-    attend = widths | {"DK": dk, "DKP": padded, "PRECISION": precision(q.dtype), "STAGES": 1 if full else 3 if ahead else 2, "num_warps": warps}
-    shape = {"ROWS": rows, "TILES": 64 // rows, "HKV": kv_heads, "G": group, "GP": group_rows, "STRIDE": config.compress_stride, "SELECT": select}
-    choice = {"N": config.num_selected, "NP": kept}
+    ahead = 2 * 64 * (padded + widths["DVP"]) * q.element_size() + BESIDE <= shared
+    shape = widths | {
+        "DK": dk,
+        "DKP": padded,
+        "PRECISION": precision(q.dtype),
+        "STAGES": 1 if full else 3 if ahead else 2,
+    }
+    heads_of = {"HKV": kv_heads, "G": group, "GP": group_rows}
+    runs = {"STRIDE": config.compress_stride, "SELECT": config.select_block}
+    choice = {"N": config.num_selected, "NP": kept, "INITIAL": config.num_initial, "LOCAL": config.num_local}
     # The attribute itself is for compute capability 9.0 and later, and so is the instruction that waits.
     launch = {"PDL": pdl, "launch_pdl": pdl}
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
-    decode_scan[(pairs, splits + near_splits)](
-        q, cache.k_cmp, cache.v_cmp, cache.k_win, cache.v_win, cache.pages, cache.lengths, shares, spills, peaks, *scan, *near, scale * LOG2E, max_pages,
-        BLOCK=config.compress_block, WINDOW=config.window, RING=cache.k_win.shape[2], SPLITS=splits, NEAR_SPLITS=near_splits,
-        EARLY=pairs * (splits + near_splits + chosen_splits) <= PROGRAMS * multiprocessors, **shape, **attend, **launch,
+    decode_scan[(splits, pairs)](
+        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
+        SPLITS=splits, EARLY=pairs * (splits + chosen_splits) <= 2 * multiprocessors, num_warps=4, **heads_of, **runs, **shape, **launch,
     )  # fmt: skip
-    lines = max(1, min(COMPARED // 128, KEPT // kept, COMPARED // 8 // group_rows))
-    decode_rank[(pairs,)](
-        shares, spills, peaks, cache.lengths, scan[1], scan[2], chosen, max_pages, BLOCK=config.compress_block, INITIAL=config.num_initial,
-        LOCAL=config.num_local, LINES=lines, num_warps=max(4, lines), maxnreg=128, **shape, **choice, **scan_span, **launch,
-    )  # fmt: skip
+    if config.num_selected > config.num_initial + config.num_local:  # else all are forced
+        decode_rank[(stretches, pairs)](
+            shares, spills, peaks, cache.lengths, scan[1], scan[2], best.view(torch.int64), max_pages, BLOCK=config.compress_block, STRETCH=stretch,
+            SIZE=compared, num_warps=4, maxnreg=96, **heads_of, **runs, **choice, **scan_span, **launch,
+        )  # fmt: skip
     decode_selected[(chosen_splits, pairs)](
-        q, cache.k_slc, cache.v_slc, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths, chosen, *part, scale * LOG2E,
-        max_pages, SPLITS=chosen_splits, QUANTIZED=cache.k_scale is not None, THRESHOLD=cache.threshold,
-        RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0, **shape, **attend, **choice, **launch,
+        q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
+        best.view(torch.int64), *near, *part, chosen, scale * LOG2E, max_pages, WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits,
+        SPLITS=chosen_splits, CANDIDATES=stretches * kept, CANDIDATES_SPAN=triton.next_power_of_2(stretches * kept), QUANTIZED=cache.k_scale is not None,
+        THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
+        TILE=max(16, min(config.select_block, 32 if full else 64)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
+        **heads_of, **runs, **choice, **shape, **launch,
     )  # fmt: skip
     decode_combine[(pairs * group,)](
         gates, *scan, *near, *part, out, G=group, NEAR_SPLITS=near_splits, NEAR_SPAN=triton.next_power_of_2(near_splits),
@@ -77,10 +81,14 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     return out, chosen
 
 
-def _splits(share: int, tiles: int) -> int:
-    """Programs among which `tiles` are divided, at most `share`, with no more tiles for the last than for the first if it can be."""
-    rounds = triton.cdiv(tiles, min(share, MOST_SPLITS))
-    return triton.cdiv(tiles, rounds)
+def _splits(pairs: int, max_pages: int, num_selected: int, multiprocessors: int) -> tuple[int, int]:
+    """Programs that share the pages of a pair, and its chosen blocks. One for each multiprocessor hides what a step has to wait for, and every further one adds
+    parts once more; two, where each still has four pages or blocks, keep the memory busy."""
+    share = max(1, multiprocessors // pairs)
+    splits = 1 << (share.bit_length() - 1)
+    splits = 2 * splits if max_pages >= 8 * splits else splits
+    chosen = 2 * share if num_selected >= 8 * share else share
+    return min(splits, max_pages, MOST_SPLITS), min(chosen, num_selected)
 
 
 def _chip(device: torch.device) -> tuple[int, bool, int]:

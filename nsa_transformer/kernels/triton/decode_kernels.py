@@ -1,12 +1,13 @@
 """The kernels of `decode.py`: one new token of each sequence against its cache, the work split over keys.
 
-Four launches, none of which waits for a counter: `decode_scan` takes the compressed keys and the window in splits; `decode_rank` chooses the blocks from what
-that left; `decode_selected` takes these in splits; `decode_combine` adds up. From compute capability 9.0 on each is launched while the one before it still
-runs (PDL: programmatic dependent launch) and waits, once it has started, for what it reads. Sums go over the splits in their order.
+Four launches, none of which waits for a counter: `decode_scan` takes the compressed keys in splits; `decode_rank` compares stretches of blocks and leaves the
+best of each; `decode_selected` takes the window in splits, then, each program for itself, chooses the blocks among those and takes its share of them;
+`decode_combine` adds up. From compute capability 9.0 on each is launched while the one before it still runs (PDL: programmatic dependent launch) and waits,
+once it has started, for what it reads: the window, which needs nothing of the scan, is read while blocks are compared. Sums go over the splits in their order.
 
 Shape letters: B sequences, HKV key/value heads, G query heads of each, GP the power of two from max(G, 16) on; DK, DV head widths, DKP, DVP powers of two
-from them on; ROWS keys of a tile, TILES tiles of a page: 64 compressed keys, and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e. A split's
-part is its attention not yet divided [G, DV], and the largest score and the sum [G].
+from them on. A page is 64 compressed keys and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e. A split's part is its attention
+not yet divided [G, DV], and the largest score and the sum [G].
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_transformer.kernels.triton.common import add_dot
+
+ROWS = tl.constexpr(64)  # compressed keys of a page, and keys of a tile of the window
+
 
 @triton.jit
 def _queries(q, pair, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr):
@@ -88,81 +92,89 @@ def _log_sum(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr
 
 
 @triton.jit
-def _importance(log_sum, shares, spills, peaks, pair, first, num_tiles, max_tiles, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
-    """How much probability falls on each of SIZE blocks from `first` on, summed over the heads: [SIZE // Q, Q], Q neighbours of a tile to a thread. A block has
-    what its tile's keys give it and, as the first of its tile, what the last key of the tile before spills into it; each relative to the largest score seen
-    when it was computed."""
-    Q: tl.constexpr = 4 if BLOCKS >= 4 else BLOCKS
-    block = first + tl.arange(0, SIZE // Q) * Q
+def _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    """How much probability falls on each of SIZE blocks from `first` on, summed over the heads: [SIZE]. A block has what its page's keys give it and, as the
+    first of its page, what the last key of the page before spills into it; each relative to the largest score seen when it was computed."""
+    Q: tl.constexpr = 4 if BLOCKS >= 4 else BLOCKS  # neighbours in a page, which share a factor and are loaded at once
+    LINE: tl.constexpr = SIZE // Q
+    row = tl.arange(0, GP * LINE)  # of a head and Q blocks
+    head = row // LINE
+    block = first + row % LINE * Q
     inner = tl.arange(0, Q)
-    head = tl.arange(0, GP)
-    tile = block // BLOCKS
-    here = tile < num_tiles
-    behind = (block % BLOCKS == 0) & (tile > 0) & (tile <= num_tiles)
-    value = tl.zeros([SIZE // Q, Q], tl.float32)
-    spilled = tl.zeros([SIZE // Q], tl.float32)
-    # Head by head: of a tile of all heads Triton 3.6 would spread a block's neighbours over warps.
-    for g in tl.static_range(G):
-        shift = tl.max(tl.where(head == g, log_sum, float("-inf")), 0)
-        at = (pair * G + g) * max_tiles
-        # exp2(-inf - x) is 0, so what is not there counts nothing.
-        own = tl.exp2(tl.load(peaks + at + tile, mask=here, other=float("-inf")) - shift)
-        before = tl.exp2(tl.load(peaks + at + tile - 1, mask=behind, other=float("-inf")) - shift)
-        value += tl.load(shares + at * BLOCKS + block[:, None] + inner[None, :], mask=here[:, None], other=0.0) * own[:, None]
-        spilled += tl.load(spills + at + tile - 1, mask=behind, other=0.0) * before
-    return value + tl.where(inner[None, :] == 0, spilled[:, None], 0.0)
+    page = block // BLOCKS
+    here = (head < G) & (page < num_pages)
+    behind = (head < G) & (block % BLOCKS == 0) & (page > 0) & (page <= num_pages)
+    at = (pair * G + head) * max_pages + page
+    log_sum = tl.reshape(tl.broadcast_to(log_sum[:, None], [GP, LINE]), [GP * LINE])
+    # exp2(-inf - x) is 0, so what is not there counts nothing.
+    own = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf")) - log_sum)
+    before = tl.exp2(tl.load(peaks + at - 1, mask=behind, other=float("-inf")) - log_sum)
+    spilled = tl.load(spills + at - 1, mask=behind, other=0.0) * before
+    to = (pair * G + head) * max_pages * BLOCKS + block
+    share = tl.load(shares + to[:, None] + inner[None, :], mask=here[:, None], other=0.0) * own[:, None]
+    return tl.sum(tl.reshape(share + tl.where(inner[None, :] == 0, spilled[:, None], 0.0), [GP, SIZE]), 0)
 
 
 @triton.jit
-def _largest(keys, COUNT: tl.constexpr, NP: tl.constexpr, LINES: tl.constexpr):
-    """Of int64 keys [LINES, 128], different but for those of -1, the COUNT largest, falling, then -1: [NP]. First of each line, which is one warp's work, then
-    of the lines' best."""
+def _largest(key, NP: tl.constexpr, SIZE: tl.constexpr):
+    """The NP largest of SIZE int64 keys, falling, -1 where there are fewer: [NP]. Keys differ but for those of -1, which count nothing."""
     slot = tl.arange(0, NP)
-    best = tl.full([LINES, NP], -1, tl.int64)
-    for turn in range(COUNT):
-        top = tl.max(keys, 1)
-        best = tl.where(slot[None, :] == turn, top[:, None], best)
-        keys = tl.where(keys == top[:, None], -1, keys)
-    found = tl.reshape(best, [LINES * NP])
-    # How many are larger says the place of each: one exchange between threads, where sorting has dozens.
-    rank = tl.sum((found[None, :] > found[:, None]).to(tl.int32), 1)
-    return tl.max(tl.where(rank[:, None] == slot[None, :], found[:, None], -1), 0)
+    if SIZE <= 128:  # every key is compared with every other: one exchange between threads where sorting has dozens
+        rank = tl.sum((key[:, None] > key[None, :]).to(tl.int32), 0)
+        return tl.max(tl.where(rank[None, :] == slot[:, None], key[None, :], -1), 1)
+    else:
+        found = tl.full([NP], -1, tl.int64)
+        for turn in range(NP):
+            top = tl.max(key, 0)
+            found = tl.where(slot == turn, top, found)
+            key = tl.where(key == top, -1, key)
+        return found
 
 
-@triton.jit
-def _compressed(
-    queries, k_cmp, v_cmp, pages, length, pair, split, shares, spills, peaks, scale, max_pages,
-    ROWS: tl.constexpr, TILES: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
+def decode_scan(
+    q, k_cmp, v_cmp, pages, lengths, shares, spills, peaks, part_out, part_peak, part_sum, scale, max_pages,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A split's part of the compressed branch, nothing for those from SPLITS on. Per head and tile: peaks, the largest score seen so far; relative to it shares [BLOCKS] of the tile's blocks,
-    and what spills into the next tile's first."""
-    RUNS: tl.constexpr = SELECT // STRIDE  # keys that begin in a block
-    BLOCKS: tl.constexpr = ROWS // RUNS  # of a tile
-    SPREAD: tl.constexpr = BLOCK // STRIDE
-    table = pages + pair // HKV * max_pages
-    # The page of an iteration is loaded in the one before, and the first without the length, so that no tile waits for its address.
-    ahead = tl.load(table + split // TILES)
+    """Grid [SPLITS, B * HKV]. Per head and page: peaks, the largest score seen so far; relative to it shares [BLOCKS] of the page's blocks, and what spills
+    into the next page's first. EARLY: the next kernel's programs have room beside these; where they have not, some multiprocessors would get more of them."""
+    BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)  # selection blocks of a page
+    split = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    sequence = pair // HKV
+    if PDL:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    length = tl.load(lengths + sequence)
     visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
-    num_tiles = tl.where(split < SPLITS, (visible + ROWS - 1) // ROWS, 0)
+    num_pages = (visible + ROWS - 1) // ROWS
+    queries = _queries(q, pair, G, GP, DK, DKP)
     head = tl.arange(0, GP)
     row = tl.arange(0, ROWS)
     acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     # A key spreads its probability over SPREAD runs of STRIDE tokens, RUNS of which make a block; those past its block's end are the next block's.
-    block = tl.arange(0, 2 * BLOCKS if BLOCKS > 8 else 16)  # of a tile, and at BLOCKS the first of the next
+    RUNS: tl.constexpr = SELECT // STRIDE
+    SPREAD: tl.constexpr = BLOCK // STRIDE
+    block = tl.arange(0, 2 * BLOCKS if BLOCKS > 8 else 16)  # of a page, and at BLOCKS the first of the next
     mine = tl.minimum(RUNS - row % RUNS, SPREAD)[:, None]
     behind = block[None, :] - (row // RUNS)[:, None]
     fold = tl.where(behind == 0, mine, tl.where(behind == 1, SPREAD - mine, 0)).to(queries.dtype)
-    for tile in tl.range(split, num_tiles, SPLITS, num_stages=STAGES):
-        at = (ahead.to(tl.int64) * HKV + pair % HKV) * (TILES * ROWS) + tile % TILES * ROWS + row
-        ahead = tl.load(table + (tile + SPLITS) // TILES, mask=tile + SPLITS < num_tiles, other=0)
-        inside = tile * ROWS + row < visible
+    table = pages + sequence * max_pages
+    # The page of an iteration is loaded in the one before, and the first without the length, so that no tile waits for its address.
+    ahead = tl.load(table + split)
+    for page in tl.range(split, num_pages, SPLITS, num_stages=STAGES):
+        at = (ahead.to(tl.int64) * HKV + pair % HKV) * ROWS + row
+        ahead = tl.load(table + page + SPLITS, mask=page + SPLITS < num_pages, other=0)
+        inside = page * ROWS + row < visible
         s = tl.dot(queries, tl.trans(_tile(k_cmp, at, inside, DK, DKP)), input_precision=PRECISION) * scale
         s = tl.where(inside[None, :], s, float("-inf"))
         values = _tile(v_cmp, at, inside, DV, DVP)
-        new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: a tile of the loop has a visible key
+        new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: a page of the loop has a visible key
         p = tl.exp2(s - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         rounded = p.to(values.dtype)
@@ -172,123 +184,64 @@ def _compressed(
         share = tl.dot(rounded, fold, input_precision=PRECISION)
         if PRECISION != "ieee":  # what rounding to 16 bits took away
             share = tl.dot((p - rounded.to(tl.float32)).to(values.dtype), fold, share)
-        to = (pair * G + head) * max_pages * TILES + tile
+        to = (pair * G + head) * max_pages + page
         tl.store(peaks + to, peak, mask=head < G)
         tl.store(shares + to[:, None] * BLOCKS + block[None, :], share, mask=(head < G)[:, None] & (block < BLOCKS)[None, :])
         tl.store(spills + to[:, None] + tl.zeros_like(block)[None, :], share, mask=(head < G)[:, None] & (block == BLOCKS)[None, :])
-    return acc, peak, total
-
-
-@triton.jit
-def _window(
-    queries, k_win, v_win, length, pair, split, scale,
-    ROWS: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """A split's part of the window, from rings of RING tokens; nothing for those below 0."""
-    tiles = tl.where(split >= 0, RING // ROWS, split)
-    row = tl.arange(0, ROWS)
-    acc = tl.zeros([GP, DVP], tl.float32)
-    peak = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    for tile in tl.range(split, tiles, SPLITS, num_stages=STAGES):
-        place = tile * ROWS + row
-        age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
-        inside = (age < WINDOW) & (age < length)
-        at = pair * RING + place
-        s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
-        s = tl.where(inside[None, :], s, float("-inf"))
-        acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
-    return acc, peak, total
-
-
-@triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
-def decode_scan(
-    q, k_cmp, v_cmp, k_win, v_win, pages, lengths, shares, spills, peaks, part_out, part_peak, part_sum, near_out, near_peak, near_sum, scale, max_pages,
-    ROWS: tl.constexpr, TILES: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, NEAR_SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Grid [B * HKV, SPLITS + NEAR_SPLITS]: compressed keys, then the window's. EARLY: the next kernels' programs have room beside these; where they have
-    not, some multiprocessors would get more of them."""
-    pair = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    if PDL:
-        gdc_wait()
-        if EARLY:
-            gdc_launch_dependents()
-    length = tl.load(lengths + pair // HKV)
-    queries = _queries(q, pair, G, GP, DK, DKP)
-    # One after the other, each for the programs whose it is: in two branches of an if each would have shared memory of its own.
-    acc, peak, total = _compressed(
-        queries, k_cmp, v_cmp, pages, length, pair, split, shares, spills, peaks, scale, max_pages,
-        ROWS, TILES, HKV, G, GP, DK, DKP, DV, DVP, BLOCK, STRIDE, SELECT, SPLITS, PRECISION, STAGES,
-    )  # fmt: skip
-    if split < SPLITS:
-        _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
-    split -= SPLITS
-    acc, peak, total = _window(
-        queries, k_win, v_win, length, pair, split, scale, ROWS, GP, DK, DKP, DV, DVP, WINDOW, RING, NEAR_SPLITS, PRECISION, STAGES
-    )
     if PDL and not EARLY:
         gdc_launch_dependents()
-    if split >= 0:
-        _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
+    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
 @triton.jit(repr=lambda _: "decode_rank", do_not_specialize=["max_pages"])
 def decode_rank(
-    shares, spills, peaks, lengths, scan_peak, scan_sum, chosen, max_pages,
-    ROWS: tl.constexpr, TILES: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    shares, spills, peaks, lengths, scan_peak, scan_sum, best, max_pages,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, STRETCH: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B * HKV]. chosen int32 [B, HKV, N], -1 where there are fewer: all blocks, if they are few; else the most important, then the forced ones. Of equals
-    the first block is the more important. LINES * 128 blocks are compared at once."""
-    BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)  # of a tile
-    SIZE: tl.constexpr = LINES * 128
-    FREE: tl.constexpr = N - INITIAL - LOCAL
-    pair = tl.program_id(0).to(tl.int64)
+    """Grid [stretches, B * HKV]. best int64 [B * HKV, stretches, NP]: of STRETCH blocks the most important that are not forced, as keys, falling, then -1. Of
+    equals the first block is the larger key. SIZE blocks are compared at once. Nothing is written for a sequence that has no more than N blocks."""
+    BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)
+    stretch = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
     if PDL:
         gdc_launch_dependents()
     length = tl.load(lengths + pair // HKV)
     if PDL:
         gdc_wait()
-    slot = tl.arange(0, NP)
     mine = (length - 1) // SELECT
-    if mine < N:
-        found = tl.where((slot <= mine) & (length > 0), slot, -1)
-    else:
-        found = slot - FREE + tl.where(slot < FREE + INITIAL, 0, mine - LOCAL + 1 - INITIAL)
-        if FREE > 0:
-            visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
-            num_tiles = (visible + ROWS - 1) // ROWS
-            log_sum = _log_sum(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
-            block = tl.arange(0, LINES)[:, None] * 128 + tl.arange(0, 128)[None, :]
-            best = tl.full([NP], -1, tl.int64)
-            for first in range(0, mine - LOCAL + 1, SIZE):
-                value = _importance(log_sum, shares, spills, peaks, pair, first, num_tiles, max_pages * TILES, G, GP, SIZE, BLOCKS)
-                value = tl.reshape(value.to(tl.int32, bitcast=True), [LINES, 128])  # not negative, so its bits rise with it
-                key = (value.to(tl.int64) << 32) | (0x7FFFFFFF - first - block).to(tl.int64)
-                key = tl.where((first + block >= INITIAL) & (first + block <= mine - LOCAL), key, -1)
-                keys = _largest(key, FREE, NP, LINES)
-                # Of two falling rows, one turned round, the larger of each place are the largest of both.
-                best = keys if first == 0 else tl.sort(tl.maximum(best, tl.flip(keys, 0)), descending=True)
-            # At least FREE: a sequence that has more blocks than are forced and free has not fewer to choose from.
-            found = tl.where(slot < FREE, 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32), found)
-    tl.store(chosen + pair * N + slot, found, mask=slot < N)
+    if (length > 0) & (mine >= N):
+        visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
+        num_pages = (visible + ROWS - 1) // ROWS
+        log_sum = _log_sum(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
+        kept = tl.full([NP], -1, tl.int64)
+        for first in range(stretch * STRETCH, tl.minimum((stretch + 1) * STRETCH, mine - LOCAL + 1), SIZE):
+            block = first + tl.arange(0, SIZE)
+            value = _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G, GP, SIZE, BLOCKS)
+            # Importance is not negative, so its bits rise with it.
+            key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+            key = tl.where((block >= INITIAL) & (block <= mine - LOCAL), key, -1)
+            found = _largest(key, NP, SIZE)
+            # Of two falling rows, one turned round, the larger of each place are the largest of both.
+            kept = found if STRETCH == SIZE else tl.sort(tl.maximum(kept, tl.flip(found, 0)), descending=True)
+        slot = tl.arange(0, NP)
+        tl.store(best + (pair * tl.num_programs(0) + stretch) * NP + slot, kept)
 
 
 @triton.jit(repr=lambda _: "decode_selected", do_not_specialize=["max_pages"])
 def decode_selected(
-    q, k_slc, v_slc, k_scale, v_scale, k_recent, v_recent, pages, lengths, chosen, part_out, part_peak, part_sum, scale, max_pages,
-    ROWS: tl.constexpr, TILES: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SPLITS: tl.constexpr, QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr,
-    RECENT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    q, k_slc, v_slc, k_win, v_win, k_scale, v_scale, k_recent, v_recent, pages, lengths, best,
+    near_out, near_peak, near_sum, part_out, part_peak, part_sum, chosen, scale, max_pages,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, NEAR_SPLITS: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, CANDIDATES_SPAN: tl.constexpr,
+    QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. QUANTIZED: pages hold e4m3 with a scale for each row, and the blocks that reach into the newest THRESHOLD tokens lie in rings of
-    RECENT tokens instead."""
-    TOKENS: tl.constexpr = TILES * ROWS * STRIDE  # of a page
+    """Grid [SPLITS, B * HKV]. best int64 [B * HKV, CANDIDATES] as `decode_rank` left them; chosen int32 [B, HKV, N]; near: the window's parts, NEAR_SPLITS of
+    them. QUANTIZED: pages hold e4m3 with a scale for each row, and the blocks that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens
+    instead."""
+    TOKENS: tl.constexpr = ROWS * STRIDE  # of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     sequence = pair // HKV
@@ -296,19 +249,46 @@ def decode_selected(
         gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     queries = _queries(q, pair, G, GP, DK, DKP)
-    row = tl.arange(0, ROWS)
-    if PDL:
-        gdc_wait()
-    slots = tl.arange(0, NP)
-    found = tl.load(chosen + pair * N + slots, mask=slots < N, other=-1)
     acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    PARTS: tl.constexpr = (SELECT + ROWS - 1) // ROWS  # tiles of a block
+    if split < NEAR_SPLITS:
+        tile_row = tl.arange(0, ROWS)
+        for tile in tl.range(split, RING // ROWS, NEAR_SPLITS, num_stages=STAGES):
+            place = tile * ROWS + tile_row
+            age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
+            inside = (age < WINDOW) & (age < length)
+            at = pair * RING + place
+            s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
+            s = tl.where(inside[None, :], s, float("-inf"))
+            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
+        _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
+    if PDL:
+        gdc_wait()
+    slots = tl.arange(0, NP)
+    mine = (length - 1) // SELECT
+    if mine < N:
+        found = tl.where((slots <= mine) & (length > 0), slots, -1)
+    else:  # the most important, then the forced ones
+        FREE: tl.constexpr = N - INITIAL - LOCAL
+        found = slots - FREE + tl.where(slots < FREE + INITIAL, 0, mine - LOCAL + 1 - INITIAL)
+        if FREE > 0:
+            number = tl.arange(0, CANDIDATES_SPAN)
+            key = tl.load(best + pair * CANDIDATES + number, mask=number < CANDIDATES, other=-1)
+            free = _largest(key, NP, CANDIDATES_SPAN)  # at least FREE: a sequence that has so many blocks has not fewer to choose from
+            found = tl.where(slots < FREE, 0x7FFFFFFF - (free & 0xFFFFFFFF).to(tl.int32), found)
+    found = tl.where(slots < N, found, -1)
+    if split == 0:
+        tl.store(chosen + pair * N + slots, found, mask=slots < N)
+    acc = tl.zeros([GP, DVP], tl.float32)
+    peak = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    PARTS: tl.constexpr = (SELECT + TILE - 1) // TILE  # tiles of a block; a tile has at least 16 rows, a block may have 8
+    row = tl.arange(0, TILE)
     places = tl.load(pages + sequence * max_pages + tl.maximum(found, 0) * SELECT // TOKENS, mask=found >= 0, other=0)
     for unit in tl.range(split, N * PARTS, SPLITS, num_stages=STAGES):
         slot = unit // PARTS
-        line = unit % PARTS * ROWS + row  # of the block
+        line = unit % PARTS * TILE + row  # of the block
         block = tl.max(tl.where(slots == slot, found, -1), 0)
         inside = (block >= 0) & (block * SELECT + line < length) & (line < SELECT)
         first = tl.maximum(block, 0) * SELECT
