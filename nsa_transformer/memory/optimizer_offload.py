@@ -4,9 +4,9 @@
     matrices        bf16, what autocast would make of them    float32 master, two moments, sum of gradients: 16 bytes
     all others      float32                                   the same
 
-**Gradients** are added up in float32 as each pass makes them: their sums pass through the GPU (`memory/host.py`), so it holds only those under way, and the
-host's cores stay with the pass. **Clipping** takes the norm of the whole sums. **The update** goes from the first layer to the last: fused AdamW on a part
-of a parameter, then its copy to the GPU, which rounds. The next forward waits for each layer when it comes to it (`Transformer.ready`), so the two
+**Gradients** are added up in float32 as each pass makes them: their sums pass through the GPU (`memory/cuda_link.py`), so it holds only those under way,
+and the host's cores stay with the pass. **Clipping** takes the norm of the whole sums. **The update** goes from the first layer to the last: fused AdamW on
+a part of a parameter, then its copy to the GPU, which rounds. The next forward waits for each layer when it comes to it (`Transformer.ready`), so the two
 overlap. The update is a queue with one thread, hence its order: no lock is needed, and a failure in it is raised where its result is asked for.
 (ZeRO-Offload, arXiv 2101.06840, divides the work alike; there the update of one step may overlap the next at the price of stale weights, here never.)
 """
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_transformer.memory.cuda_link import link_to
 from nsa_transformer.memory.expert_streaming import host_weights
-from nsa_transformer.memory.host import ALIGN, CHUNK, check_host_memory, host_zeros, link_to, norm_of_parts
+from nsa_transformer.memory.host import ALIGN, CHUNK, check_host_memory, host_zeros, norm_of_parts
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.utils.hardware import GIB
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa_transformer.memory import cuda_link, host, optimizer_offload
+
 
 class Event:
     def __init__(self, enable_timing: bool = False) -> None:
@@ -138,6 +140,12 @@ class _Later(TorchDispatchMode):
             return kwargs.get("out", args[0])
         assert all(each.alias_info for each in func._schema.returns), f"{func} makes memory of its own on a stream"
         return func(*args, **kwargs)
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Move and compute so many elements at once, such that small tensors have many parts."""
+    for module in (host, cuda_link, optimizer_offload):
+        monkeypatch.setattr(module, "CHUNK", chunk)
 
 
 def take_workspaces(device: torch.device) -> None:

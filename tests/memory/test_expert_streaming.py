@@ -11,7 +11,7 @@ import torch
 from nsa_transformer.config import ConfigError
 from nsa_transformer.distributed.parallelize import build_model
 from nsa_transformer.distributed.world import World
-from nsa_transformer.memory import expert_streaming, host, optimizer_offload
+from nsa_transformer.memory import expert_streaming, optimizer_offload
 from nsa_transformer.memory.expert_streaming import StreamedExperts, host_weights
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.transformer import mixtures
@@ -19,7 +19,7 @@ from nsa_transformer.training.optimizer import build_optimizer
 from nsa_transformer.training.trainer import Trainer
 
 from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
-from .stand_ins import stand_in_for_cuda, take_workspaces
+from .stand_ins import small_parts, stand_in_for_cuda, take_workspaces
 
 ON = "memory.expert_offloading.enabled=true"
 SETTINGS = (*QUIET, "model.num_layers=5", "training.batch_size=4", "training.micro_batch_size=2", "training.max_grad_norm=0.5", "training.max_steps=4")
@@ -185,8 +185,7 @@ def test_a_run_on_a_gpu_is_the_same(work: Path, settings: tuple[str, ...], pin: 
 
 @pytest.mark.gpu
 def test_bytes_measured_on_a_gpu(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (host, optimizer_offload):  # parts of sums that pass through the GPU
-        monkeypatch.setattr(module, "CHUNK", 1 << 16)
+    small_parts(monkeypatch, 1 << 16)
     device = torch.device("cuda", torch.cuda.current_device())
     wide = ("model.hidden_size=256", "model.num_layers=9", "model.moe.num_experts=16", "model.moe.expert_size=256", "training.precision=bf16")
     config = small_config(work, *SETTINGS, ON, *wide)
