@@ -6,8 +6,10 @@ import mmap
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +63,66 @@ def check_host_memory(wanted: int, what: str) -> None:
         raise ConfigError(f"{what} takes {wanted / GIB:.1f} GiB of host memory and this machine has {total / GIB:.1f}; write a smaller model, or leave it off")
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a part has of one parameter."""
+
+    parameter: int
+    at: slice  # in each tensor of the part
+    target: Tensor  # what passes read
+
+
+@dataclass(frozen=True)
+class Part:
+    """Up to `CHUNK` elements of one parameter group, updated at once. Its tensors are flat and float32."""
+
+    group: int
+    pieces: Sequence[Piece]
+    master: Tensor
+    grad: Tensor  # a sum, of no use once it has been updated with
+    first: Tensor
+    second: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.master, self.grad, self.first, self.second
+
+
+def adamw(part: Part, steps: Tensor, options: dict[str, Any], factor: float) -> None:
+    """torch's fused AdamW on the pieces of a part, wherever its tensors are, with gradients scaled by `factor` where that is below 1.
+
+    Args:
+        steps: float32, of each parameter the number of updates with this one, beside the part's tensors.
+        options: lr, betas, eps and weight_decay.
+    """
+    if factor < 1:  # the sums themselves: `grad_scale` would divide, which rounds otherwise than torch's clipping
+        part.grad.mul_(factor)
+    masters, grads, first, second = ([tensor[piece.at] for piece in part.pieces] for tensor in part.tensors)
+    torch._fused_adamw_(
+        masters,
+        grads,
+        first,
+        second,
+        [],
+        [steps[piece.parameter] for piece in part.pieces],
+        lr=options["lr"],
+        beta1=options["betas"][0],
+        beta2=options["betas"][1],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
 Tick = torch.cuda.Event | float
 
 
 class Link(ABC):
-    """The way between host and device. `add` and `settle` are called by one thread at a time, and so are `begin`, `to_device` and `sent`."""
+    """The way between host and device. `add` and `settle` are called by one thread at a time, and so are `begin`, `to_device`, `sent` and `update`; `add` and
+    `finish` by none while another is in `update`."""
+
+    share = 0.0  # of the elements that `update` takes, where host and device update side by side
 
     def __init__(self) -> None:
         self._waits: list[tuple[Tick, Tick]] = []
@@ -107,6 +164,21 @@ class Link(ABC):
     @abstractmethod
     def sent(self) -> torch.cuda.Event | None:
         """A mark behind all copies of `to_device`."""
+
+    @abstractmethod
+    def update(
+        self, parts: Sequence[Part], steps: Tensor, options: Sequence[dict[str, Any]], factor: float, ready: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        """`adamw` on the device for parts in arenas, and their targets written, which are the device's, once it has passed `ready`. Returns at once, with a
+        mark behind the last target; the parts and `steps`, of an arena, are left alone until `finish`, or a `settle` after a later `add`.
+
+        Args:
+            options: by a part's group, as `adamw` takes them.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Until nothing in an arena is still being read or written for `to_device`, `update` or `add`."""
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
@@ -157,6 +229,12 @@ class SameMemory(Link):
 
     def sent(self) -> None:
         return None
+
+    def update(self, parts: Sequence[Part], steps: Tensor, options: Sequence[dict[str, Any]], factor: float, ready: torch.cuda.Event | None) -> None:
+        assert not parts, "without a device all parts are the host's"
+
+    def finish(self) -> None:
+        pass
 
 
 def norm_of_parts(norms: Tensor) -> Tensor:

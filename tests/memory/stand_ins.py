@@ -42,6 +42,9 @@ class Stream:
         assert isinstance(event, Event) and event.records
         self.waits += 1
 
+    def synchronize(self) -> None:
+        pass
+
 
 def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     current = Stream()
@@ -107,6 +110,9 @@ class _Queue:
         if event.place is not None:  # an event that was never recorded is not waited for
             self.lagging.push(self, lambda place=event.place: self.lagging.pass_(*place))
 
+    def synchronize(self) -> None:
+        self.lagging.pass_(self, self.done + len(self.waiting))
+
 
 class _Mark:
     """An event; waiting for it means the last `record` before."""
@@ -137,7 +143,7 @@ class _Later(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             self.stream.lagging.push(self.stream, lambda: func(*args, **kwargs))
-            return kwargs.get("out", args[0])
+            return kwargs.get("out", args[0]) if func._schema.returns else None
         assert all(each.alias_info for each in func._schema.returns), f"{func} makes memory of its own on a stream"
         return func(*args, **kwargs)
 

@@ -98,7 +98,7 @@ def test_the_way_through_the_device(monkeypatch: pytest.MonkeyPatch, chunk: int,
     monkeypatch.setattr(cuda_link, "page_lock", lambda flat, owner, device, key: locked.append(len(flat)))
     monkeypatch.setattr(optimizer_offload, "link_to", cuda_link.CudaLink)
     found = trained(True, dtype=dtype)
-    assert len(locked) == 2 and locked[0] == locked[1]
+    assert len(locked) == 5 and len(set(locked[:4])) == 1
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -114,34 +114,6 @@ def test_nothing_is_read_before_it_is_there(monkeypatch: pytest.MonkeyPatch, see
     monkeypatch.setattr(optimizer_offload, "link_to", cuda_link.CudaLink)
     found = trained(True, dtype=dtype)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("seed", [None, 0, 1])
-def test_few_parts_and_gradients_that_are_held(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
-    """Sums of fewer parts than there are rooms come back before they have left; a gradient's memory stays until it has been read."""
-    small_parts(monkeypatch, 64)
-    monkeypatch.setattr(cuda_link, "IN_FLIGHT", 1000)
-    monkeypatch.setattr(cuda_link, "page_lock", lambda *_: None)
-    Lagging(seed).stand_in(monkeypatch)
-    link = cuda_link.CudaLink(torch.device("cpu"), 100, "memory.optimizer_offloading.enabled")
-    total, norms, expected = link.arena(100), torch.zeros(2), torch.zeros(100)
-    held: list[tuple[Tensor, Any]] = []
-    for turn in range(6):
-        grad = torch.full((100,), float(turn + 1))
-        expected += grad
-        link.add(grad, total, norms, turn > 0)
-        held.append(link._held[-1])
-        assert held[-1][0] is grad and len(link._held) == min(turn + 1, 2), "1,000 bytes hold two of them"
-        for _, event in held[: -len(link._held)]:
-            stream, count = event.place
-            assert stream.done >= count, "what is held no more has been read"
-    link.settle()
-    assert torch.equal(total, expected) and not link._held
-    torch.testing.assert_close(norms, torch.stack([part.norm() for part in expected.split(64)]))
-    before = total.clone()
-    link.add(torch.ones(100), total, norms, False)  # given up
-    link.settle()
-    assert torch.equal(total, torch.ones(100)) and not torch.equal(total, before)
 
 
 def test_the_backward_waits_where_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +223,8 @@ def test_several_ranks_are_refused(work: Path) -> None:
 
 @pytest.mark.gpu
 def test_bytes_measured_on_a_gpu(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between steps the GPU holds what passes read, a few parts of sums, and nothing else of the optimizer."""
-    small_parts(monkeypatch, 1 << 16)
+    """Between steps the GPU holds what passes read, rooms for a few parts, and nothing else of the optimizer."""
+    small_parts(monkeypatch, 1 << 15)
     device = torch.device("cuda", torch.cuda.current_device())
     wide = ("model.hidden_size=256", "model.num_layers=4", "model.moe.num_experts=16", "model.moe.expert_size=256", "training.precision=bf16")
     config = small_config(work, ON, *wide)
@@ -283,31 +255,3 @@ def test_bytes_measured_on_a_gpu(work: Path, monkeypatch: pytest.MonkeyPatch) ->
     held = torch.cuda.memory_allocated(device) - before
     assert held / count < 2.4, f"{held / count:.2f} bytes a parameter"
     optimizer.close()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 100, 1000, 5000])
-def test_what_crosses_the_link_arrives(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -> None:
-    small_parts(monkeypatch, 1024)
-    device = torch.device("cuda", torch.cuda.current_device())
-    link = cuda_link.link_to(device, 5000, "memory.optimizer_offloading.enabled")
-    total, expected = link.arena(count), torch.zeros(count)
-    norms = torch.zeros(-(-count // 1024), device=device)
-    for turn in range(4):  # the third begins anew
-        values = torch.randn(count, device=device).to(dtype)
-        expected = values.cpu().float() + (expected if turn % 2 else 0.0)
-        link.add(values, total, norms, bool(turn % 2))
-        del values
-        link.settle()
-        assert torch.equal(total, expected)
-        torch.testing.assert_close(norms.cpu(), torch.stack([part.norm() for part in expected.split(1024)]))
-    targets = [torch.zeros(size, dtype=kind, device=device) for size, kind in ((6, dtype), (100, torch.float32), (7, dtype), (33, torch.bfloat16))]
-    for _ in range(5):
-        sources = [link.arena(len(target)).copy_(torch.randn(len(target))) for target in targets]
-        link.begin(link.now())
-        link.to_device(zip(sources, targets, strict=True))
-        event = link.sent()
-        assert event is not None
-        event.synchronize()
-        assert all(torch.equal(target.cpu(), source.to(target.dtype)) for source, target in zip(sources, targets, strict=True))
