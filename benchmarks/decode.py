@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [--heads 64/4/128] [--sizes 1x8k 1x64k 16x8k 16x64k] [--out DIR]
 
-Each side is one CUDA graph, replayed; the L2 cache is filled with something else before each. What chooses other blocks than the float64 reference, or errs
-more than twice as much as plain PyTorch in bf16, gets no speed. Keys and values are normal random data. Writes a page and the raw numbers.
+Each side is one CUDA graph, replayed; before each, something else is read until the L2 cache holds nothing of it. What chooses other blocks than the float64
+reference, or errs more than twice as much as plain PyTorch in bf16, gets no speed. Keys and values are normal random data. Writes a page and the raw numbers.
 """
 
 from __future__ import annotations
@@ -178,8 +178,9 @@ def render(results: dict[str, Any]) -> str:
     text = [
         f"# A step of decoding on {facts['gpu']}, {facts['date']}",
         record.machine_lines(facts),
-        f"Heads {results['heads']}, geometry of the paper, bf16, normal random data, sequences of equal length; microseconds of a CUDA graph, L2 "
-        f"flushed before each, all sides in turn, best of 3 rounds' medians. FP8: blocks older than {THRESHOLD} tokens in e4m3. *Of the copy rate*: "
+        f"Heads {results['heads']}, geometry of the paper, bf16, normal random data, sequences of equal length; microseconds of a CUDA graph, the L2 "
+        "cache taken by other data, read, before each, all sides in turn, best of 3 rounds' medians. "
+        f"FP8: blocks older than {THRESHOLD} tokens in e4m3. *Of the copy rate*: "
         f"bytes of compressed keys and values, window and chosen blocks, over the time, beside {rate / 1e12:.2f} TB/s of a copy on this card. Random "
         "scores choose the blocks; what a trained model chooses costs the same.",
         markdown_table(["sequences x tokens", "sparse", "sparse, FP8", "cuDNN dense", "FA2 dense", "× cuDNN", "of the copy rate", "check"], table),

@@ -59,12 +59,12 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
         q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
-        SPLITS=splits, EARLY=pairs * (splits + chosen_splits) <= 2 * multiprocessors, num_warps=4, **heads_of, **runs, **shape, **launch,
+        SPLITS=splits, num_warps=4, **heads_of, **runs, **shape, **launch,
     )  # fmt: skip
     if config.num_selected > config.num_initial + config.num_local:  # else all are forced
         decode_rank[(stretches, pairs)](
             shares, spills, peaks, cache.lengths, scan[1], scan[2], best.view(torch.int64), max_pages, BLOCK=config.compress_block, STRETCH=stretch,
-            SIZE=compared, num_warps=4, maxnreg=96, **heads_of, **runs, **choice, **scan_span, **launch,
+            SIZE=compared, num_warps=4, **heads_of, **runs, **choice, **scan_span, **launch,
         )  # fmt: skip
     decode_selected[(chosen_splits, pairs)](
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
@@ -83,10 +83,10 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
 
 def _splits(pairs: int, max_pages: int, num_selected: int, multiprocessors: int) -> tuple[int, int]:
     """Programs that share the pages of a pair, and its chosen blocks. One for each multiprocessor hides what a step has to wait for, and every further one adds
-    parts once more; two, where each still has four pages or blocks, keep the memory busy."""
+    parts once more; two, where each still has two pages or four blocks, keep the memory busy."""
     share = max(1, multiprocessors // pairs)
     splits = 1 << (share.bit_length() - 1)
-    splits = 2 * splits if max_pages >= 8 * splits else splits
+    splits = 2 * splits if max_pages >= 4 * splits else splits
     chosen = 2 * share if num_selected >= 8 * share else share
     return min(splits, max_pages, MOST_SPLITS), min(chosen, num_selected)
 
