@@ -83,10 +83,10 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
 
 def _splits(pairs: int, max_pages: int, num_selected: int, multiprocessors: int) -> tuple[int, int]:
     """Programs that share the pages of a pair, and its chosen blocks. One for each multiprocessor hides what a step has to wait for, and every further one adds
-    parts once more; two, where each still has two pages or four blocks, keep the memory busy."""
+    parts once more; two, where each still has four pages or blocks, keep the memory busy."""
     share = max(1, multiprocessors // pairs)
     splits = 1 << (share.bit_length() - 1)
-    splits = 2 * splits if max_pages >= 4 * splits else splits
+    splits = 2 * splits if max_pages >= 8 * splits else splits
     chosen = 2 * share if num_selected >= 8 * share else share
     return min(splits, max_pages, MOST_SPLITS), min(chosen, num_selected)
 

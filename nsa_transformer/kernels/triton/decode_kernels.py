@@ -43,14 +43,28 @@ def _safe(peak):
 
 
 @triton.jit
-def _step(acc, peak, total, s, values, factor, PRECISION: tl.constexpr):
-    """One tile of the online softmax: scores s [GP, N] in base 2, -inf where not seen; values [N, DVP], each row times factor [N]."""
+def _weigh(peak, total, s):
+    """Of scores s [GP, N] in base 2, -inf where not seen: their weights, what is left of earlier sums [GP], and the new largest score and sum [GP]."""
     new_peak = tl.maximum(peak, tl.max(s, 1))
     shift = _safe(new_peak)
     p = tl.exp2(s - shift[:, None])
     fade = tl.exp2(peak - shift)
-    acc = add_dot((p * factor[None, :]).to(values.dtype), values, acc * fade[:, None], PRECISION)
-    return acc, new_peak, total * fade + tl.sum(p, 1)
+    return p, fade, new_peak, total * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def _step(acc, peak, total, s, values, PRECISION: tl.constexpr):
+    """One tile of the online softmax: scores as `_weigh` takes them, values [N, DVP]."""
+    p, fade, peak, total = _weigh(peak, total, s)
+    return add_dot(p.to(values.dtype), values, acc * fade[:, None], PRECISION), peak, total
+
+
+@triton.jit
+def _step_of_two(acc, peak, total, s, small_values, factor, values, PRECISION: tl.constexpr):
+    """The same with rows whose values are small_values times factor [N], or values; the other one is 0."""
+    p, fade, peak, total = _weigh(peak, total, s)
+    acc = add_dot((p * factor[None, :]).to(values.dtype), small_values, acc * fade[:, None], PRECISION)
+    return add_dot(p.to(values.dtype), values, acc, PRECISION), peak, total
 
 
 @triton.jit
@@ -244,7 +258,7 @@ def decode_selected(
             at = pair * RING + place
             s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
             s = tl.where(inside[None, :], s, float("-inf"))
-            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), tl.full([ROWS], 1.0, tl.float32), PRECISION)
+            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
         _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
     if PDL:
         gdc_wait()
@@ -268,7 +282,6 @@ def decode_selected(
     total = tl.zeros([GP], tl.float32)
     PARTS: tl.constexpr = (SELECT + TILE - 1) // TILE  # tiles of a block; a tile has at least 16 rows, a block may have 8
     row = tl.arange(0, TILE)
-    one = tl.full([TILE], 1.0, tl.float32)
     places = tl.load(pages + sequence * max_pages + tl.maximum(found, 0) * SELECT // TOKENS, mask=found >= 0, other=0)
     for unit in tl.range(split, N * PARTS, SPLITS, num_stages=STAGES):
         slot = unit // PARTS
@@ -279,24 +292,21 @@ def decode_selected(
         page = tl.max(tl.where(slots == slot, places, 0), 0).to(tl.int64)
         at = (page * HKV + pair % HKV) * TOKENS + first % TOKENS + line
         if QUANTIZED:
-            # What lies in pages is loaded ahead, which Triton does outside a branch alone; of a block in the ring, one or two of a sequence's, nothing is.
-            old = (block + 1) * SELECT <= length - THRESHOLD
-            key_scale = tl.load(k_scale + at, mask=inside & old, other=0.0).to(tl.float32) * scale
-            factor = tl.load(v_scale + at, mask=inside & old, other=0.0).to(tl.float32)
-            small_keys = _tile(k_slc, at, inside & old, DK, DKP)
-            small_values = _tile(v_slc, at, inside & old, DV, DVP)
-            if old:
-                s = tl.dot(queries, tl.trans(small_keys.to(queries.dtype)), input_precision=PRECISION) * key_scale[None, :]
-                s = tl.where(inside[None, :], s, float("-inf"))
-                acc, peak, total = _step(acc, peak, total, s, small_values.to(queries.dtype), factor, PRECISION)
-            else:
-                ring = pair * RECENT + first % RECENT + line
-                s = tl.dot(queries, tl.trans(_tile(k_recent, ring, inside, DK, DKP)), input_precision=PRECISION) * scale
-                s = tl.where(inside[None, :], s, float("-inf"))
-                acc, peak, total = _step(acc, peak, total, s, _tile(v_recent, ring, inside, DV, DVP), one, PRECISION)
+            # From its page or from the ring, without a branch, in which nothing would be loaded ahead: what is not there is not read and counts as 0.
+            old = inside & ((block + 1) * SELECT <= length - THRESHOLD)
+            new = inside & ((block + 1) * SELECT > length - THRESHOLD)
+            ring = pair * RECENT + first % RECENT + line
+            small_keys = _tile(k_slc, at, old, DK, DKP).to(queries.dtype)
+            small_values = _tile(v_slc, at, old, DV, DVP).to(queries.dtype)
+            keys = _tile(k_recent, ring, new, DK, DKP)
+            values = _tile(v_recent, ring, new, DV, DVP)
+            s = tl.dot(queries, tl.trans(small_keys), input_precision=PRECISION) * tl.load(k_scale + at, mask=old, other=0.0).to(tl.float32)[None, :]
+            s = add_dot(queries, tl.trans(keys), s, PRECISION) * scale
+            factor = tl.load(v_scale + at, mask=old, other=0.0).to(tl.float32)
+            acc, peak, total = _step_of_two(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), small_values, factor, values, PRECISION)
         else:
             s = tl.dot(queries, tl.trans(_tile(k_slc, at, inside, DK, DKP)), input_precision=PRECISION) * scale
-            acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), _tile(v_slc, at, inside, DV, DVP), one, PRECISION)
+            acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), _tile(v_slc, at, inside, DV, DVP), PRECISION)
     _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
