@@ -20,7 +20,7 @@ class Timer(Protocol):
 
 class CudaTimer:
     """CUDA events around each call; before each, the L2 cache is filled with something else: by reading it, as weights are read between two layers. Lines that
-    were written instead would have to go to memory first, and their way there count as the call's: 11 microseconds of any call on an H200."""
+    were written instead would have to go to memory first, and their way there count as the call's: up to 11 microseconds on an H200."""
 
     def __init__(self, device: torch.device) -> None:
         size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 1 << 26)

@@ -29,7 +29,7 @@ def nsa_decode(
         cache: see `PagedKeysValues`; k_cmp, v_cmp, k_win, v_win in q's dtype.
         config: the geometry.
         scale: of the scores; None: `Dk ** -0.5`.
-        backend: `triton`: three launches of fixed shape, none waiting for the host. `reference`: gathers each sequence, reading the lengths on the host, and
+        backend: `triton`: four launches of fixed shape, none waiting for the host. `reference`: gathers each sequence, reading the lengths on the host, and
             calls `nsa_attention`. `auto`: as `decoding_backend` says.
         return_blocks: also return the attended blocks.
 
