@@ -149,7 +149,7 @@ def test_who_is_launched_before_the_kernel_ahead_has_ended() -> None:
         assert sums.count([True, True]) == 4 and sums.count([False, False]) == 2, "decoding's; training's forward and backward"
         assert mine.pop("experts_decode_down") == [[True, True], [False, True], *[[True, True]] * 3], "the second one follows a copy as well"
         assert mine.pop("slots_fetch") == [[False, True], [True, True], [False, True]], "the part that begins beyond 0 follows the one before it"
-        for name in ("decode_scan", "decode_selected", "decode_combine"):
+        for name in ("decode_scan", "decode_rank", "decode_selected", "decode_combine"):
             assert set(map(tuple, mine.pop(name))) == {(True, True)}, name
         assert set(map(tuple, mine.pop("experts_decode_up"))) == {(False, True)}, "*down* reads what was written before *up*"
         assert all(choice == [False, False] for choices in mine.values() for choice in choices)
