@@ -16,6 +16,7 @@ import torch
 from nsa_transformer import cli
 from nsa_transformer.config import ExpertOffloadingConfig
 from nsa_transformer.data.tokenizer import train_tokenizer
+from nsa_transformer.distributed import checkpoint
 from nsa_transformer.kernels.dispatch import interpreted
 from tests.commands.answers import is_one_message, nsa
 from tests.runs import ROOT, command
@@ -219,6 +220,23 @@ def test_an_older_checkpoint_is_not_taken_silently(finished: Path, tmp_path: Pat
     (newest / "model.safetensors").write_bytes(b"cut")
     status, _, err = nsa("generate", str(tmp_path / "run"), "--prompt", "abc", "--max-new-tokens", "1", "--device", "cpu")
     assert status == 0 and err.startswith("warning: passing over a damaged checkpoint: ") and f"; taking {older}\ncache: " in err and err.count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["", "config.yaml"], ids=["a run", "a run without its own settings"])
+def test_a_checkpoint_is_verified_once(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Which takes minutes for a large one; and a mistake in the options is found without."""
+    shutil.copytree(finished / "run", tmp_path / "run", ignore=lambda folder, _: [name] if Path(folder) == finished / "run" else [])
+    older, newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-2:]
+    (newest / "model.safetensors").write_bytes(b"cut")
+    find_damage, verified = checkpoint.find_damage, []
+    monkeypatch.setattr(checkpoint, "find_damage", lambda path: verified.append(path) or find_damage(path))
+    ask = [str(tmp_path / "run"), "--device", "cpu"]
+    status, _, err = nsa("generate", *ask, "--prompt", "abc", "--max-new-tokens", "1")
+    assert status == 0 and verified == [newest, older] and err.count("warning: ") == 1
+    verified.clear()
+    assert nsa("chat", *ask)[0] == 2 and verified == [newest, older], "its tokenizer knows no turns"
+    verified.clear()
+    assert nsa("generate", *ask, "--prompt", "abc", "--gpu-budget-gib", "2")[0] == 2 and verified == ([newest, older] if name else [])
 
 
 def test_nsa_is_a_command(tmp_path: Path) -> None:
