@@ -179,7 +179,7 @@ def _load(options: argparse.Namespace) -> tuple[Transformer, Tokenizer, KVCacheC
     from nsa_transformer.inference.load import SavedModel
     from nsa_transformer.memory.expert_offload import store_of
 
-    saved = SavedModel(options.run)
+    saved = SavedModel(options.run, "RUN")
     kv_cache = saved.config.memory.kv_cache
     if options.kv_cache is not None:
         kv_cache = dataclasses.replace(kv_cache, quantization=options.kv_cache)
@@ -340,7 +340,7 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError(f"{' '.join(options.words)}: write one run, whose settings are saved, or overrides KEY=VALUE")
     if runs and not expand_home(runs[0]).exists():
         raise ConfigError(f"{runs[0]} does not exist, and is no override; name a run, or write KEY=VALUE such as model=large")
-    config = SavedModel(runs[0]).config if runs else compose_config(options.words)
+    config = SavedModel(runs[0], "RUN").config if runs else compose_config(options.words)
     if options.kv_cache is not None:
         kv_cache = dataclasses.replace(config.memory.kv_cache, quantization=options.kv_cache)
         config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, kv_cache=kv_cache))

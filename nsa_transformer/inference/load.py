@@ -45,15 +45,16 @@ class SavedModel:
 
     Args:
         path: as `load_checkpoint` takes it.
+        key: what errors call it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path, key: str = "path") -> None:
+        self.path, self.key = path, key
 
     @cached_property
     def folder(self) -> Path:
         """Where the weights are; a checkpoint, if any, verified. Raises `ConfigError` as `load_checkpoint`."""
-        return resolve_weights(str(self.path), "path")
+        return resolve_weights(str(self.path), self.key)
 
     @cached_property
     def config(self) -> Config:

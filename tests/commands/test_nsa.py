@@ -61,9 +61,12 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["generate", "{folder}", "--prompt", "a"], r"no checkpoint"),
-        (["generate", "/nope", "--prompt", "a"], r"/nope does not exist"),
-        (["generate", "~nobody-here/x", "--prompt", "a"], r"~nobody-here/x does not exist"),
+        (["generate", "{folder}", "--prompt", "a"], r"^error: RUN=\S+ holds no checkpoint; name a run"),
+        (["chat", "{folder}"], r"^error: RUN=\S+ holds no checkpoint"),
+        (["plan", "{folder}"], r"^error: RUN=\S+ holds no checkpoint"),
+        (["generate", "{run}/config.yaml", "--prompt", "a"], r"^error: RUN=\S+run/config\.yaml is a file"),
+        (["generate", "/nope", "--prompt", "a"], r"^error: RUN=/nope does not exist"),
+        (["generate", "~nobody-here/x", "--prompt", "a"], r"^error: RUN=~nobody-here/x does not exist"),
         (["generate", "{run}", "--prompt", ""], r"the prompt has no token"),
         (["generate", "{run}", "--prompt", "a\udcff"], r"--prompt is not valid UTF-8"),
         (["generate", "{run}", "--prompt", "a", "--max-new-tokens", "99999"], r"max_position_embeddings=2048; ask for \d+ new tokens or fewer"),
