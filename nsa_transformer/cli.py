@@ -340,6 +340,9 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError(f"{' '.join(options.words)}: write one run, whose settings are saved, or overrides KEY=VALUE")
     if runs and not expand_home(runs[0]).exists():
         raise ConfigError(f"{runs[0]} does not exist, and is no override; name a run, or write KEY=VALUE such as model=large")
+    for word in options.words:
+        if "=" in word and re.match(r"[+~]*hydra\b", word):
+            raise ConfigError(f"{word} says how Hydra runs a job, and a plan runs none; leave it out")
     config = SavedModel(runs[0], "RUN").config if runs else compose_config(options.words)
     if options.kv_cache is not None:
         kv_cache = dataclasses.replace(config.memory.kv_cache, quantization=options.kv_cache)

@@ -84,6 +84,9 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
         (["plan", "modl=tiny"], r"unknown key modl; did you mean model"),
         (["plan", "model=huge"], r"model=huge does not exist; write .*model=tiny"),
         (["plan", "model=tiny,base"], r"model=tiny,base has several values; write one, KEY=\[A,B\] for a list"),
+        (["plan", "model=tiny", "hydra.run.dir=/tmp/x"], r"^error: hydra\.run\.dir=/tmp/x says how Hydra runs a job, and a plan runs none; leave it out$"),
+        (["plan", "+hydra.job.name=x"], r"^error: \+hydra\.job\.name=x says"),
+        (["plan", "hydra/launcher=basic"], r"^error: hydra/launcher=basic says"),
         (["plan", "~model.nsa=1"], r"would delete a setting"),
         (["plan", "{run}", "model=tiny"], r"write one run, whose settings are saved, or overrides"),
         (["plan", "model=tiny", "--length", "4k"], r"--length 4096 passes .*=2048; write --length 2048 or less, or model\.max_position_embeddings=4096$"),
@@ -188,7 +191,7 @@ def test_inspect_and_doctor(finished: Path) -> None:
     assert (status, err) == (0, "") and "reference" in out
 
 
-def test_plan(finished: Path) -> None:
+def test_plan(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = ["plan", "model=large", "--length", "32k", "--batch", "2"]
     status, out, err = nsa(*large, "--memory", "80")
     assert (status, err) == (0, "")
@@ -215,6 +218,9 @@ def test_plan(finished: Path) -> None:
     # What a run is planned to take is what generating with it says.
     out = nsa("plan", str(finished / "run"), "--dtype", "float32")[1]
     assert "320 bytes a token (selected 256, compressed 64)" in out and "1 x 2,048 tokens" in out
+    (tmp_path / "hydra").symlink_to(finished / "run")
+    monkeypatch.chdir(tmp_path)
+    assert nsa("plan", "hydra", "--dtype", "float32")[1] == out, "a run may be called so"
 
 
 def test_an_older_checkpoint_is_not_taken_silently(finished: Path, tmp_path: Path) -> None:
