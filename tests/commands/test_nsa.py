@@ -239,7 +239,7 @@ def test_a_checkpoint_is_verified_once(finished: Path, tmp_path: Path, monkeypat
     older, newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-2:]
     (newest / "model.safetensors").write_bytes(b"cut")
     find_damage, verified = checkpoint.find_damage, []
-    monkeypatch.setattr(checkpoint, "find_damage", lambda path: verified.append(path) or find_damage(path))
+    monkeypatch.setattr(checkpoint, "find_damage", lambda path: verified.append(path) or find_damage(path))  # type: ignore[func-returns-value]
     ask = [str(tmp_path / "run"), "--device", "cpu"]
     status, _, err = nsa("generate", *ask, "--prompt", "abc", "--max-new-tokens", "1")
     assert status == 0 and verified == [newest, older] and err.count("warning: ") == 1
