@@ -176,16 +176,17 @@ def _load(options: argparse.Namespace) -> tuple[Transformer, Tokenizer, KVCacheC
     import torch
 
     from nsa_transformer.distributed.world import choose_device
-    from nsa_transformer.inference.load import load_checkpoint, saved_kv_cache
+    from nsa_transformer.inference.load import SavedModel
     from nsa_transformer.memory.expert_offload import store_of
 
-    kv_cache = saved_kv_cache(options.run)
+    saved = SavedModel(options.run, "RUN")
+    kv_cache = saved.config.memory.kv_cache
     if options.kv_cache is not None:
         kv_cache = dataclasses.replace(kv_cache, quantization=options.kv_cache)
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    offloading = _expert_offloading(options)
-    model, tokenizer = load_checkpoint(options.run, device, dtype, offloading)
+    offloading = _expert_offloading(options, saved.config.memory.expert_offloading)
+    model, tokenizer = saved.load(device, dtype, offloading)
     store = store_of(model)
     if store is not None:
         print(f"expert offloading: {store.describe()}", file=sys.stderr)
@@ -259,11 +260,8 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _expert_offloading(options: argparse.Namespace) -> ExpertOffloadingConfig:
+def _expert_offloading(options: argparse.Namespace, found: ExpertOffloadingConfig) -> ExpertOffloadingConfig:
     """The run's own setting, as far as the options do not change it."""
-    from nsa_transformer.inference.load import saved_expert_offloading
-
-    found = saved_expert_offloading(options.run)
     if options.expert_offloading is not None:
         found = dataclasses.replace(found, enabled=options.expert_offloading)
     if options.gpu_budget_gib is not None:
@@ -333,7 +331,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     import torch
 
-    from nsa_transformer.inference.load import saved_config
+    from nsa_transformer.inference.load import SavedModel
     from nsa_transformer.inference.plan import describe_plan
     from nsa_transformer.utils.hardware import GIB
 
@@ -342,7 +340,10 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError(f"{' '.join(options.words)}: write one run, whose settings are saved, or overrides KEY=VALUE")
     if runs and not expand_home(runs[0]).exists():
         raise ConfigError(f"{runs[0]} does not exist, and is no override; name a run, or write KEY=VALUE such as model=large")
-    config = saved_config(runs[0]) if runs else compose_config(options.words)
+    for word in options.words:
+        if "=" in word and re.match(r"[+~]*hydra\b", word):
+            raise ConfigError(f"{word} says how Hydra runs a job, and a plan runs none; leave it out")
+    config = SavedModel(runs[0], "RUN").config if runs else compose_config(options.words)
     if options.kv_cache is not None:
         kv_cache = dataclasses.replace(config.memory.kv_cache, quantization=options.kv_cache)
         config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, kv_cache=kv_cache))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from nsa_transformer.config import Config, ModelConfig
 from nsa_transformer.distributed.expert_parallel import KEPT, ExpertParallel, open_expert_mesh, spread_experts
@@ -85,12 +86,25 @@ class Shards:
         return full if experts is None else experts.whole(full)
 
     def assign(self, name: str, target: Tensor, full: Tensor) -> None:
-        """Copy a whole tensor into a parameter or moment, of which a sharded one takes its own part."""
+        """Copy a whole tensor into a parameter or moment, of which a sharded one takes its own part. What goes to the device is that part alone."""
         experts = self._spread.get(name) if full.dim() else None
-        full = full.to(target.device, target.dtype)
-        full = full if experts is None else experts.own(full)
+        part = full if experts is None else experts.own(full)
         with torch.no_grad():
-            target.copy_(distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None) if isinstance(target, DTensor) else full)
+            if isinstance(target, DTensor):
+                part, target = _own_shard(part, target), target.to_local()
+            assert part.shape == target.shape, name
+            target.copy_(part)
+
+
+def _own_shard(full: Tensor, target: DTensor) -> Tensor:
+    """The part of a whole tensor that `target` has on this rank, a view: as `torch.chunk` divides it, the last ranks with fewer rows or none."""
+    for axis, placement in enumerate(target.placements):
+        assert isinstance(placement, Shard)  # FSDP2's
+        rows, mesh = full.shape[placement.dim], target.device_mesh
+        most = math.ceil(rows / mesh.size(axis))
+        start = min(most * mesh.get_local_rank(axis), rows)
+        full = full.narrow(placement.dim, start, min(most, rows - start))
+    return full
 
 
 def reshard(model: Transformer) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from nsa_transformer.config import Config, ConfigError, ExpertOffloadingConfig, KVCacheConfig
+from nsa_transformer.config import Config, ConfigError, ExpertOffloadingConfig
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, load_weights, read_config, resolve_weights
 from nsa_transformer.distributed.world import choose_device
@@ -35,17 +36,47 @@ def load_checkpoint(
     Raises:
         ConfigError: a ValueError that says what is missing or damaged.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError(f"dtype={dtype} cannot hold weights; give torch.bfloat16, torch.float16, torch.float32 or None")
-    target = _device(device)
-    folder = resolve_weights(str(path), "path")
-    config = read_config(folder)
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {config.model.vocab_size}")
-    offloading = expert_offloading or config.memory.expert_offloading
-    model = _offloaded(folder, config, target, dtype, offloading) if offloading.enabled and target.type != "cpu" else _whole(folder, config, target, dtype)
-    return model.requires_grad_(False).eval(), tokenizer
+    return SavedModel(path).load(device, dtype, expert_offloading)
+
+
+class SavedModel:
+    """What a user means by a path: a run, one checkpoint of it, or an exported folder. A checkpoint is looked for and verified when it is first needed and
+    no second time, since a large one takes minutes; where a damaged one is passed over for an older one, that is warned of once.
+
+    Args:
+        path: as `load_checkpoint` takes it.
+        key: what errors call it.
+    """
+
+    def __init__(self, path: str | Path, key: str = "path") -> None:
+        self.path, self.key = path, key
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the weights are; a checkpoint, if any, verified. Raises `ConfigError` as `load_checkpoint`."""
+        return resolve_weights(str(self.path), self.key)
+
+    @cached_property
+    def config(self) -> Config:
+        """All settings: of a run its own, for which no checkpoint is read. Raises `ConfigError` as `load_checkpoint`."""
+        given = expand_home(self.path)
+        return read_config(given if (given / CONFIG).exists() else self.folder)
+
+    def load(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, expert_offloading: ExpertOffloadingConfig | None = None
+    ) -> tuple[Transformer, Tokenizer]:
+        """`load_checkpoint` of the path."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"dtype={dtype} cannot hold weights; give torch.bfloat16, torch.float16, torch.float32 or None")
+        target = _device(device)
+        folder = self.folder
+        config = read_config(folder)  # that of the weights
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {config.model.vocab_size}")
+        offloading = expert_offloading or config.memory.expert_offloading
+        model = _offloaded(folder, config, target, dtype, offloading) if offloading.enabled and target.type != "cpu" else _whole(folder, config, target, dtype)
+        return model.requires_grad_(False).eval(), tokenizer
 
 
 def on_meta(config: Config, dtype: torch.dtype | None) -> Transformer:
@@ -87,21 +118,3 @@ def _device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device} is not there ({str(error).splitlines()[0]}); write cpu, cuda or auto") from None
     return target
-
-
-def saved_kv_cache(path: str | Path) -> KVCacheConfig:
-    """`memory.kv_cache` as the run was trained with it: the default of its generation. Raises `ConfigError` as `load_checkpoint`."""
-    return saved_config(path).memory.kv_cache
-
-
-def saved_expert_offloading(path: str | Path) -> ExpertOffloadingConfig:
-    """`memory.expert_offloading` of a run in the same way."""
-    return saved_config(path).memory.expert_offloading
-
-
-def saved_config(path: str | Path) -> Config:
-    """All settings of a run, of one checkpoint or of an exported folder. Raises `ConfigError` as `load_checkpoint`."""
-    folder = expand_home(path)
-    if not (folder / CONFIG).exists():
-        folder = resolve_weights(str(path), "path")
-    return read_config(folder)

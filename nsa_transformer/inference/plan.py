@@ -21,8 +21,7 @@ def describe_plan(config: Config, dtype: torch.dtype, length: int, batch: int, m
     total, active = count_parameters(config.model)
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     size = cache_size(config.model, config.memory.kv_cache, dtype)
-    least = size.total([length], batch)
-    most = least if size.page_tokens == 1 else 2 * least
+    least, most = size.total([length], batch), size.total([length], batch, grown=True)
     where, held = "", float(weights)
     offloading = config.memory.expert_offloading
     if offloading.enabled:

@@ -35,12 +35,15 @@ class CacheSize:
     def per_sequence(self) -> int:
         return sum(self.sequence.values())
 
-    def total(self, lengths: Sequence[int], copies: int = 1) -> int:
-        """`KVCache.nbytes` of `copies` times sequences of these lengths that share no page, where all their room is taken at once. What grows step by step
-        doubles its room whenever it is full, and so has up to twice as many pages."""
+    def total(self, lengths: Sequence[int], copies: int = 1, grown: bool = False) -> int:
+        """`KVCache.nbytes` of `copies` times sequences of these lengths that share no page, where all their room is taken at once; `grown`: the most that it
+        can be where they came step by step. Then the pages double whenever all are taken; rings have their size from the first token on, and dense
+        attention's room is the same either way. The old pages of the store that is just doubling are not counted."""
         if self.page_tokens == 1:
             return copies * len(lengths) * dense_capacity(max(lengths)) * sum(self.page.values())
         pages = 1 + copies * sum(-(-length // self.page_tokens) for length in lengths)  # page 0 is nobody's
+        if grown:  # at worst there was one page too few
+            pages = max(pages, 2 * (pages - 1))
         return pages * sum(self.page.values()) + copies * len(lengths) * self.per_sequence
 
     def describe(self) -> str:

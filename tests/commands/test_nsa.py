@@ -16,6 +16,7 @@ import torch
 from nsa_transformer import cli
 from nsa_transformer.config import ExpertOffloadingConfig
 from nsa_transformer.data.tokenizer import train_tokenizer
+from nsa_transformer.distributed import checkpoint
 from nsa_transformer.kernels.dispatch import interpreted
 from tests.commands.answers import is_one_message, nsa
 from tests.runs import ROOT, command
@@ -60,9 +61,12 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["generate", "{folder}", "--prompt", "a"], r"no checkpoint"),
-        (["generate", "/nope", "--prompt", "a"], r"/nope does not exist"),
-        (["generate", "~nobody-here/x", "--prompt", "a"], r"~nobody-here/x does not exist"),
+        (["generate", "{folder}", "--prompt", "a"], r"^error: RUN=\S+ holds no checkpoint; name a run"),
+        (["chat", "{folder}"], r"^error: RUN=\S+ holds no checkpoint"),
+        (["plan", "{folder}"], r"^error: RUN=\S+ holds no checkpoint"),
+        (["generate", "{run}/config.yaml", "--prompt", "a"], r"^error: RUN=\S+run/config\.yaml is a file"),
+        (["generate", "/nope", "--prompt", "a"], r"^error: RUN=/nope does not exist"),
+        (["generate", "~nobody-here/x", "--prompt", "a"], r"^error: RUN=~nobody-here/x does not exist"),
         (["generate", "{run}", "--prompt", ""], r"the prompt has no token"),
         (["generate", "{run}", "--prompt", "a\udcff"], r"--prompt is not valid UTF-8"),
         (["generate", "{run}", "--prompt", "a", "--max-new-tokens", "99999"], r"max_position_embeddings=2048; ask for \d+ new tokens or fewer"),
@@ -80,6 +84,9 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
         (["plan", "modl=tiny"], r"unknown key modl; did you mean model"),
         (["plan", "model=huge"], r"model=huge does not exist; write .*model=tiny"),
         (["plan", "model=tiny,base"], r"model=tiny,base has several values; write one, KEY=\[A,B\] for a list"),
+        (["plan", "model=tiny", "hydra.run.dir=/tmp/x"], r"^error: hydra\.run\.dir=/tmp/x says how Hydra runs a job, and a plan runs none; leave it out$"),
+        (["plan", "+hydra.job.name=x"], r"^error: \+hydra\.job\.name=x says"),
+        (["plan", "hydra/launcher=basic"], r"^error: hydra/launcher=basic says"),
         (["plan", "~model.nsa=1"], r"would delete a setting"),
         (["plan", "{run}", "model=tiny"], r"write one run, whose settings are saved, or overrides"),
         (["plan", "model=tiny", "--length", "4k"], r"--length 4096 passes .*=2048; write --length 2048 or less, or model\.max_position_embeddings=4096$"),
@@ -184,14 +191,15 @@ def test_inspect_and_doctor(finished: Path) -> None:
     assert (status, err) == (0, "") and "reference" in out
 
 
-def test_plan(finished: Path) -> None:
+def test_plan(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = ["plan", "model=large", "--length", "32k", "--batch", "2"]
     status, out, err = nsa(*large, "--memory", "80")
     assert (status, err) == (0, "")
     assert "1794.1 M parameters, 425.7 M active" in out and "weights  3.34 GiB in bfloat16\n" in out
     assert "cache    17,408 bytes a token (selected 16,384, compressed 1,024)" in out
-    # 65 pages of 1,024 tokens, and two sequences' rings.
-    assert f"2 x 32,768 tokens: {(65 * 1024 * 17408 + 2 * 8912896) / 2**30:.2f} GiB at once" in out and "of --memory: fits\n" in out
+    # 65 pages of 1,024 tokens, or 128 where they doubled from 64, and two sequences' rings, which do not grow.
+    least, most = ((pages * 1024 * 17408 + 2 * 8912896) / 2**30 for pages in (65, 128))
+    assert f"2 x 32,768 tokens: {least:.2f} GiB at once, up to {most:.2f} as it grows token by token\n" in out and "of --memory: fits\n" in out
     verdicts = {nsa(*large, "--memory", memory)[1].splitlines()[4].rsplit(": ")[1] for memory in ("4", "5", "6")}
     assert verdicts == {"does not fit", "fits if the cache is filled at once", "fits"}
     assert "memory " not in nsa(*large)[1] or torch.cuda.is_available()
@@ -211,6 +219,9 @@ def test_plan(finished: Path) -> None:
     # What a run is planned to take is what generating with it says.
     out = nsa("plan", str(finished / "run"), "--dtype", "float32")[1]
     assert "320 bytes a token (selected 256, compressed 64)" in out and "1 x 2,048 tokens" in out
+    (tmp_path / "hydra").symlink_to(finished / "run")
+    monkeypatch.chdir(tmp_path)
+    assert nsa("plan", "hydra", "--dtype", "float32")[1] == out, "a run may be called so"
 
 
 def test_an_older_checkpoint_is_not_taken_silently(finished: Path, tmp_path: Path) -> None:
@@ -219,6 +230,23 @@ def test_an_older_checkpoint_is_not_taken_silently(finished: Path, tmp_path: Pat
     (newest / "model.safetensors").write_bytes(b"cut")
     status, _, err = nsa("generate", str(tmp_path / "run"), "--prompt", "abc", "--max-new-tokens", "1", "--device", "cpu")
     assert status == 0 and err.startswith("warning: passing over a damaged checkpoint: ") and f"; taking {older}\ncache: " in err and err.count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["", "config.yaml"], ids=["a run", "a run without its own settings"])
+def test_a_checkpoint_is_verified_once(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Which takes minutes for a large one; and a mistake in the options is found without."""
+    shutil.copytree(finished / "run", tmp_path / "run", ignore=lambda folder, _: [name] if Path(folder) == finished / "run" else [])
+    older, newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-2:]
+    (newest / "model.safetensors").write_bytes(b"cut")
+    find_damage, verified = checkpoint.find_damage, []
+    monkeypatch.setattr(checkpoint, "find_damage", lambda path: verified.append(path) or find_damage(path))  # type: ignore[func-returns-value]
+    ask = [str(tmp_path / "run"), "--device", "cpu"]
+    status, _, err = nsa("generate", *ask, "--prompt", "abc", "--max-new-tokens", "1")
+    assert status == 0 and verified == [newest, older] and err.count("warning: ") == 1
+    verified.clear()
+    assert nsa("chat", *ask)[0] == 2 and verified == [newest, older], "its tokenizer knows no turns"
+    verified.clear()
+    assert nsa("generate", *ask, "--prompt", "abc", "--gpu-budget-gib", "2")[0] == 2 and verified == ([newest, older] if name else [])
 
 
 def test_nsa_is_a_command(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from nsa_transformer.distributed.checkpoint import save_checkpoint, write_config
 from nsa_transformer.distributed.world import World
 from nsa_transformer.inference import generate as module
 from nsa_transformer.inference.generate import SamplingConfig, TextStream, generate, generate_batch, generate_text, next_token_probabilities
-from nsa_transformer.inference.load import saved_kv_cache
+from nsa_transformer.inference.load import SavedModel
 from nsa_transformer.training.optimizer import build_optimizer
 
 from ..models.small import random_tokens, small_config, small_model
@@ -351,7 +351,7 @@ def test_load_a_run_a_checkpoint_and_a_copied_folder(run: tuple[Path, Transforme
         assert all(buffer.device.type == "cpu" for buffer in loaded.buffers())
     older, _ = load_checkpoint(folder / "checkpoints" / "step_00000001")
     assert not torch.equal(older.embedding.weight, model.embedding.weight)
-    assert saved_kv_cache(folder).threshold == saved_kv_cache(newest).threshold == 77
+    assert {SavedModel(path).config.memory.kv_cache.threshold for path in (folder, newest, export)} == {77}
 
 
 def test_load_passes_over_a_damaged_checkpoint(run: tuple[Path, Transformer, Tokenizer], tmp_path: Path):

@@ -46,15 +46,22 @@ def test_is_what_a_cache_allocates(changes: dict[str, Any], settings: KVCacheCon
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [None, KVCacheConfig("fp8", 16)], ids=str)
-def test_what_grows_token_by_token_has_less_than_twice_the_pages(settings: KVCacheConfig | None) -> None:
-    model = small_model(max_position_embeddings=2000)
-    cache, size = model.new_cache(1, settings), cache_size(model.config, settings, torch.float32)
-    tokens = random_tokens(1500)
-    for start in range(0, 1500, 50):
-        model(tokens[start : start + 50], cache=cache)
-        least = size.total([start + 50])
-        assert least <= cache.nbytes <= 2 * least
+@pytest.mark.parametrize("prompt", [1, 150, 700])
+@pytest.mark.parametrize(
+    ("changes", "settings"), [({}, None), ({}, KVCacheConfig("fp8", 16)), ({"attention": "dense"}, None)], ids=["pages", "pages in FP8", "dense"]
+)
+def test_grown_is_the_most_that_a_cache_allocates_step_by_step(changes: dict[str, Any], settings: KVCacheConfig | None, prompt: int) -> None:
+    model = small_model(max_position_embeddings=2000, **changes)
+    cache, size = model.new_cache(2, settings), cache_size(model.config, settings, torch.float32)
+    model(random_tokens(prompt), cache=cache)
+    reached = []
+    while cache.length < 1500:
+        for sequence in (0, 1):
+            model(random_tokens(50), cache=cache, sequence=sequence)
+            assert size.total(cache.lengths) <= cache.nbytes <= size.total(cache.lengths, grown=True)
+            reached.append(cache.nbytes == size.total(cache.lengths, grown=True))
+    assert any(reached), "no smaller figure would do"
+    assert size.total(cache.lengths, 3, grown=True) == size.total(cache.lengths * 3, grown=True)
 
 
 def test_by_hand() -> None:
