@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.slot_policies import HALVING, SlotPolicy
 from nsa_transformer.kernels.dispatch import triton_missing
 
 pytestmark = [
@@ -17,49 +18,9 @@ pytestmark = [
     pytest.mark.skipif(triton_missing() is not None, reason=f"no Triton here: {triton_missing()}"),
 ]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HALVING, USE = 64, 1 << 16
 
 
-class Plain:
-    """The policies in words of Python: an expert that is needed is never put out, a free slot is taken first, then that of the least priority."""
-
-    def __init__(self, slots: int, policy: str) -> None:
-        self.owners: list[int | None] = [None] * slots
-        self.policy = policy
-        self.clock = 0
-        self.last_use: dict[int, int] = {}
-        self.uses: dict[int, int] = {}
-        self.counts = [0, 0, 0, 0]
-
-    def priority(self, expert: int) -> int:
-        return (self.last_use if self.policy == "lru" else self.uses).get(expert, 0)
-
-    def plan(self, chosen: list[int], demand: bool) -> list[tuple[int, int]]:
-        needed = sorted(set(chosen))
-        absent = [expert for expert in needed if expert not in self.owners]
-        if demand:
-            self.clock += 1
-            if self.clock % HALVING == 0:
-                self.uses = {expert: n // 2 for expert, n in self.uses.items()}
-            for expert in needed:
-                self.last_use[expert] = self.clock
-                self.uses[expert] = self.uses.get(expert, 0) + USE
-            self.counts[0] += len(needed) - len(absent)
-            self.counts[1] += len(absent)
-        else:
-            self.counts[2] += len(absent)
-        kept = set(needed) & set(self.owners)
-        moves = []
-        for expert in absent:
-            open_slots = [slot for slot, owner in enumerate(self.owners) if owner not in kept]
-            slot = min(open_slots, key=lambda slot: (-1 if self.owners[slot] is None else self.priority(self.owners[slot]), slot))
-            self.owners[slot] = expert
-            kept.add(expert)
-            moves.append((expert, slot))
-        return moves
-
-
-def step(slots, plain: Plain, chosen: list[int], policy: str, demand: bool = True) -> None:
+def step(slots, plain: SlotPolicy, chosen: list[int], policy: str, demand: bool = True) -> None:
     """One plan of both, compared."""
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
@@ -85,7 +46,7 @@ def test_policies_against_a_plain_model(policy: str, data: st.DataObject) -> Non
     experts = data.draw(st.integers(2, 20), "experts")
     size = data.draw(st.integers(1, experts), "slots")
     all_layers = kernels.Slots.empty(3, experts, size, DEVICE)
-    plain = Plain(size, policy)
+    plain = SlotPolicy(size, policy)
     for _ in range(data.draw(st.integers(1, 12), "plans")):
         chosen = data.draw(st.lists(st.integers(0, experts - 1), min_size=1, max_size=size), "chosen")
         step(all_layers.layer(1), plain, chosen, policy, data.draw(st.booleans(), "demand"))
@@ -100,7 +61,7 @@ def test_many_places(experts: int, size: int, places: int, policy: str) -> None:
     """As many as are looked through at once, one more, many more; some of them twice."""
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
-    slots, plain = kernels.Slots.empty(1, experts, size, DEVICE).layer(0), Plain(size, policy)
+    slots, plain = kernels.Slots.empty(1, experts, size, DEVICE).layer(0), SlotPolicy(size, policy)
     generator = torch.Generator().manual_seed(0)
     for number in range(5):
         chosen = torch.randint(0, experts, (places,), generator=generator)
@@ -112,7 +73,7 @@ def test_frequency_forgets() -> None:
     """Over several halvings: an expert that was used often long ago goes before one used now and then."""
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
-    slots, plain = kernels.Slots.empty(1, 6, 2, DEVICE).layer(0), Plain(2, "frequency")
+    slots, plain = kernels.Slots.empty(1, 6, 2, DEVICE).layer(0), SlotPolicy(2, "frequency")
     for number in range(150):
         step(slots, plain, [0] if number < 40 else [1 + number % 3 % 2], "frequency")
     assert 0 not in plain.owners and plain.clock > 2 * HALVING
@@ -122,7 +83,7 @@ def test_uses_are_compared_after_they_are_halved() -> None:
     """Three and two are both one then, and of equals the first slot goes."""
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
-    slots, plain = kernels.Slots.empty(1, 4, 2, DEVICE).layer(0), Plain(2, "frequency")
+    slots, plain = kernels.Slots.empty(1, 4, 2, DEVICE).layer(0), SlotPolicy(2, "frequency")
     step(slots, plain, [0, 1], "frequency")
     slots.priority[:2] = torch.tensor([3, 2])
     slots.clock.fill_(HALVING - 1)
@@ -135,7 +96,7 @@ def test_the_two_policies_differ() -> None:
     for policy, gone in (("lru", 0), ("frequency", 1)):
         from nsa_transformer.kernels.triton import expert_slots as kernels
 
-        slots, plain = kernels.Slots.empty(1, 4, 2, DEVICE).layer(0), Plain(2, policy)
+        slots, plain = kernels.Slots.empty(1, 4, 2, DEVICE).layer(0), SlotPolicy(2, policy)
         for chosen in ([0], [0], [0], [1], [2]):
             step(slots, plain, chosen, policy)
         assert gone not in plain.owners
@@ -197,7 +158,7 @@ def test_a_captured_plan_and_copy_follow_their_indices() -> None:
     from nsa_transformer.kernels.triton import expert_slots as kernels
 
     host, policy = on_host(pieces(128, 3 * 4096)), "lru"
-    slots, plain = kernels.Slots.empty(1, 128, 20, DEVICE).layer(0), Plain(20, policy)
+    slots, plain = kernels.Slots.empty(1, 128, 20, DEVICE).layer(0), SlotPolicy(20, policy)
     pool = torch.zeros(20, host.shape[1], dtype=torch.int32, device=DEVICE)
     indices = torch.arange(8, device=DEVICE)
 
