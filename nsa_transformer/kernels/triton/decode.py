@@ -23,6 +23,8 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     sequences, heads, dk = q.shape
     kv_heads, dv, max_pages = cache.k_slc.shape[1], cache.v_slc.shape[3], cache.pages.shape[1]
     group, pairs = heads // kv_heads, sequences * kv_heads
+    if pairs == 0 or max_pages == 0:  # nothing to split
+        return q.new_zeros(sequences, heads, dv), torch.full((sequences, kv_heads, config.num_selected), -1, dtype=torch.int32, device=q.device)
     blocks = 64 // (config.select_block // config.compress_stride)  # of a page
     multiprocessors, pdl, shared = _chip(q.device)
     splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
