@@ -126,6 +126,21 @@ def test_lengths(lengths: list[int], backend: str) -> None:
     check(lengths, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [0, 2])
+def test_no_sequence_or_none_with_a_page(count: int, backend: str) -> None:
+    cache = paged(sequences([0] * count or [0], SMALL, torch.float32, 2, 64, 64), SMALL, torch.float32)
+    mine = {name: getattr(cache, name)[:count] for name in ("lengths", "k_win", "v_win")}
+    rings = {f"{name}_raw": torch.zeros(count, 2, 8, 64, device=DEVICE) for name in "kv"}
+    for pages in {0, 1} if count else {1}:
+        now = replace(cache, pages=cache.pages[:count, :pages].contiguous(), **mine, **rings)
+        q, gates = torch.randn(count, 4, 64, device=DEVICE), torch.rand(count, 4, 3, device=DEVICE)
+        if pages:
+            append_rows(NewRows(*(torch.randn(count, 2, 64, device=DEVICE) for _ in range(6))), now, SMALL, backend=backend)
+        out, blocks = nsa_decode(q, gates, now, SMALL, backend=backend, return_blocks=True)
+        assert out.shape == (count, 4, 64) and not out.any() and blocks.shape == (count, 2, 5) and (blocks == -1).all()
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason=f"no Triton here: {triton_missing()}")
 class TestTriton:
     @pytest.mark.parametrize("remainder", range(0, 16, 3))
@@ -164,6 +179,18 @@ class TestTriton:
         monkeypatch.setattr("nsa_transformer.kernels.triton.decode.STRETCH", stretch)
         monkeypatch.setattr("nsa_transformer.kernels.triton.decode.CANDIDATES", candidates)
         check([1500, 1100, 513, 80, 1], hkv=1)
+
+    def test_the_last_block_that_is_not_forced_begins_a_piece(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("nsa_transformer.kernels.triton.decode.STRETCH", 8)
+        check([165, 176, 300], NSAConfig(8, 4, 16, 9, 1, 2, 50))  # block 8 of 0 … 10, twice, and block 16
+
+    def test_the_last_key_spills_into_a_page_that_has_none(self) -> None:
+        config = NSAConfig(8, 4, 16, 5, 1, 0, 50)
+        parts = sequences([260, 519], config, torch.float32, 1, 64, 64)  # 64 and 128 keys
+        q, gates = torch.stack([part[0][-1] for part in parts]), torch.rand(2, 1, 3, device=DEVICE)  # to which the last key is the nearest
+        _, expected = nsa_decode(q, gates, paged(parts, config, torch.float32), config, backend="reference", return_blocks=True)
+        _, blocks = nsa_decode(q, gates, paged(parts, config, torch.float32), config, backend="triton", return_blocks=True)
+        assert torch.equal(blocks, expected) and blocks[:, 0, -1].tolist() == [16, 32]
 
     def test_many_blocks_are_chosen(self) -> None:
         check([1500, 700], NSAConfig(8, 4, 16, 40, 1, 2, 50), hkv=1)

@@ -32,6 +32,15 @@ def compile_there(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
+def printed_there(script: str) -> Any:
+    """What a script prints as JSON in its last line, in a process that compiles."""
+    path = os.pathsep.join([str(aot.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    there = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=aot.ROOT, env=there, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("target", "tier"),
@@ -137,11 +146,7 @@ print(json.dumps(found))
 @needs_triton
 def test_who_is_launched_before_the_kernel_ahead_has_ended() -> None:
     """From compute capability 9.0 on. What is launched so must wait, and the kernel ahead may say when it can begin: both are compiled in by PDL."""
-    path = os.pathsep.join([str(aot.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    there = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", LAUNCHES], cwd=aot.ROOT, env=there, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, list[list[bool]]] = json.loads(done.stdout)
+    found: dict[str, list[list[bool]]] = printed_there(LAUNCHES)
     assert all(choice == [False, False] for name, choices in found.items() if name.startswith("80 ") for choice in choices)
     for target in (90, 100):
         mine = {name.removeprefix(f"{target} "): choices for name, choices in found.items() if name.startswith(f"{target} ")}
@@ -153,6 +158,30 @@ def test_who_is_launched_before_the_kernel_ahead_has_ended() -> None:
             assert set(map(tuple, mine.pop(name))) == {(True, True)}, name
         assert set(map(tuple, mine.pop("experts_decode_up"))) == {(False, True)}, "*down* reads what was written before *up*"
         assert all(choice == [False, False] for choices in mine.values() for choice in choices)
+
+
+SMALL_CHIP = """
+import json
+from functools import partial
+
+import torch
+from tests.kernels import aot
+from tests.kernels.aot_cases import decoding
+
+aot.TARGETS[89] = (99 * 1024, 128)  # an L40S or an RTX 4090; later ones of 12.0 have as much
+cases = [
+    aot.Case(f"{dtype} {dk}/{dv}", partial(decoding, 1, 64, dk, dv, 16, dtype, 512), targets=(89,))
+    for dk, dv, dtype in ((128, 128, torch.bfloat16), (256, 256, torch.bfloat16), (192, 128, torch.float32))
+]
+found = aot.compile_cases(cases, 89, "decode_s")
+print(json.dumps({f"{case} {name}": kernel.get("shared") for case, kernels in found.items() for name, kernel in kernels.items()}))
+"""
+
+
+@needs_triton
+def test_decoding_with_e4m3_fits_chips_with_little_shared_memory() -> None:
+    found = printed_there(SMALL_CHIP)
+    assert len(found) == 6 and all(shared is not None and shared <= 99 * 1024 for shared in found.values()), found
 
 
 KERNEL = {"registers": 100, "spills": 0, "shared": 1024}

@@ -23,6 +23,8 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     sequences, heads, dk = q.shape
     kv_heads, dv, max_pages = cache.k_slc.shape[1], cache.v_slc.shape[3], cache.pages.shape[1]
     group, pairs = heads // kv_heads, sequences * kv_heads
+    if pairs == 0 or max_pages == 0:  # nothing to split
+        return q.new_zeros(sequences, heads, dv), torch.full((sequences, kv_heads, config.num_selected), -1, dtype=torch.int32, device=q.device)
     blocks = 64 // (config.select_block // config.compress_stride)  # of a page
     multiprocessors, pdl, shared = _chip(q.device)
     splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
@@ -43,14 +45,16 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     q, gates = q.contiguous(), gates.contiguous()
     widths, padded = {"DV": dv, "DVP": triton.next_power_of_2(dv)}, triton.next_power_of_2(dk)
     full = q.dtype == torch.float32  # products on the ordinary cores, which take many registers
-    # A tile of keys and values ahead of the one that is attended, where there is room for both beside the queries.
-    ahead = 2 * 64 * (padded + widths["DVP"]) * q.element_size() + BESIDE <= shared
-    shape = widths | {
-        "DK": dk,
-        "DKP": padded,
-        "PRECISION": precision(q.dtype),
-        "STAGES": 1 if full else 3 if ahead else 2,
-    }
+    quantized = cache.k_scale is not None
+    # Bytes of a row of keys and values; of a chosen block a row in e4m3 comes beside one of a ring, in float32 as wide as that.
+    row = (padded + widths["DVP"]) * q.element_size()
+    chosen_row = row + quantized * (row if full else padded + widths["DVP"])
+    # A tile ahead of the one that is attended, where there is room for both beside the queries.
+    stages, chosen_stages = (1 if full else 3 if 2 * 64 * size + BESIDE <= shared else 2 for size in (row, chosen_row))
+    tile = 32 if full else 64
+    while tile * chosen_row + BESIDE > shared:
+        tile //= 2
+    shape = widths | {"DK": dk, "DKP": padded, "PRECISION": precision(q.dtype)}
     heads_of = {"HKV": kv_heads, "G": group, "GP": group_rows}
     runs = {"STRIDE": config.compress_stride, "SELECT": config.select_block}
     choice = {"N": config.num_selected, "NP": kept, "INITIAL": config.num_initial, "LOCAL": config.num_local}
@@ -59,7 +63,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
         q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
-        SPLITS=splits, num_warps=4, **heads_of, **runs, **shape, **launch,
+        SPLITS=splits, STAGES=stages, num_warps=4, **heads_of, **runs, **shape, **launch,
     )  # fmt: skip
     if config.num_selected > config.num_initial + config.num_local:  # else all are forced
         decode_rank[(stretches, pairs)](
@@ -69,9 +73,9 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     decode_selected[(chosen_splits, pairs)](
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
         best.view(torch.int64), *near, *part, chosen, scale * LOG2E, max_pages, WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits,
-        SPLITS=chosen_splits, CANDIDATES=stretches * kept, CANDIDATES_SPAN=triton.next_power_of_2(stretches * kept), QUANTIZED=cache.k_scale is not None,
-        THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
-        TILE=max(16, min(config.select_block, 32 if full else 64)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
+        SPLITS=chosen_splits, CANDIDATES=stretches * kept, CANDIDATES_SPAN=triton.next_power_of_2(stretches * kept), QUANTIZED=quantized,
+        STAGES=chosen_stages, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
+        TILE=max(16, min(config.select_block, tile)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
         **heads_of, **runs, **choice, **shape, **launch,
     )  # fmt: skip
     decode_combine[(pairs * group,)](
