@@ -448,7 +448,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results["baselines"] = {} if options.no_baselines else time_baselines(shape, device)
         torch.cuda.empty_cache()
-        results["result"] = measure(Stack(shape, ExpertOffloadingConfig(enabled=True, gpu_budget_gib=options.budget_gib), device), options.miss_rates)
+        results["result"] = measure(
+            Stack(shape, ExpertOffloadingConfig(enabled=True, gpu_budget_gib=options.budget_gib, policy="lru"), device), options.miss_rates
+        )
         results["recorded"] = []
         if options.run is not None:
             torch.cuda.empty_cache()

@@ -32,7 +32,7 @@ def test_traces_miss_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(expert_slots, "PROGRAMS", 1)
     experts_in_float32 = 3 * 5 + 2
-    budget = ExpertOffloadingConfig(enabled=True, gpu_budget_gib=(experts_in_float32 * 2 * SMALL.expert_bytes + 3 * 104 * 4) / bench.GIB)
+    budget = ExpertOffloadingConfig(enabled=True, policy="lru", gpu_budget_gib=(experts_in_float32 * 2 * SMALL.expert_bytes + 3 * 104 * 4) / bench.GIB)
     store = ExpertStore(3, 12, 16, 8, 2, torch.float32, torch.device("cpu"), budget)
     store.arena.bytes.zero_()
     assert store.slots == 5
@@ -69,7 +69,7 @@ def test_measure_and_replay_go_through(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     right = bench.Stack
     monkeypatch.setattr(bench, "Stack", lambda *inputs: right(*inputs, dtype=torch.float32))
-    budget = ExpertOffloadingConfig(enabled=True, gpu_budget_gib=(17 * 2 * SMALL.expert_bytes + 3 * 104 * 4) / bench.GIB)
+    budget = ExpertOffloadingConfig(enabled=True, policy="lru", gpu_budget_gib=(17 * 2 * SMALL.expert_bytes + 3 * 104 * 4) / bench.GIB)
     stack = bench.Stack(SMALL, budget, torch.device("cpu"))
     found = bench.measure(stack, (0.25, 1.0), prompt=10)
     assert found["status"] == "ok" and found["worst"] <= 2.0 and found["slots"] == 5

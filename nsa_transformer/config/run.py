@@ -127,7 +127,8 @@ class ExpertOffloadingConfig:
         None,
     )
     policy: Literal["lru", "frequency"] = doc(
-        "With enabled: which expert leaves its slot, the one not needed for longest or the one needed least often (uses count half after 64 tokens).", "lru"
+        "With enabled: which expert leaves its slot, the one not needed for longest or the one needed least often (uses count half after 64 tokens).",
+        "frequency",
     )
     prefetch: int = doc(
         "With enabled: experts per token, the likeliest by the next layer's router on this layer's input, that are copied while this layer computes. Worth it "

@@ -227,7 +227,7 @@ def test_an_interrupted_pass_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_trace_gives_the_hits_that_it_must() -> None:
     """Experts 0 … 3 in turn, two a token, in 3 slots: least recently used misses each time but the first use's neighbour."""
-    store = ExpertStore(1, 6, 24, 8, 2, DTYPE, DEVICE, ExpertOffloadingConfig(True, gpu_budget_gib=gib(3 + 2, DTYPE, layers=1)))
+    store = ExpertStore(1, 6, 24, 8, 2, DTYPE, DEVICE, ExpertOffloadingConfig(True, gpu_budget_gib=gib(3 + 2, DTYPE, layers=1), policy="lru"))
     store._host.zero_()
     x, weights = torch.ones(1, 24, dtype=DTYPE, device=DEVICE), torch.ones(1, 2, device=DEVICE)
     held: list[int] = []
