@@ -200,6 +200,12 @@ class TestTriton:
         monkeypatch.setattr("nsa_transformer.kernels.triton.decode.MOST_SPLITS", 2)
         check([1500, 1100, 257, 80, 1], hkv=1)
 
+    def test_more_sequences_than_a_grid_has_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("nsa_transformer.kernels.triton.decode.MOST_PAIRS", 4)
+        check([40, 20])
+        with pytest.raises(ValueError, match="3 sequences with 2 key/value heads are 6 pairs, and a step takes 4; decode fewer"):
+            check([40, 20, 30])
+
     def test_two_runs_are_the_same_bits(self) -> None:
         parts = sequences([700, 30], SMALL, torch.float32, 2, 64, 64)
         q, gates = torch.randn(2, 4, 64, device=DEVICE), torch.rand(2, 4, 3, device=DEVICE)

@@ -12,6 +12,7 @@ from nsa_transformer.kernels.paged import PagedKeysValues
 from nsa_transformer.kernels.triton.common import LOG2E, launches_dependently, precision
 from nsa_transformer.kernels.triton.decode_kernels import decode_combine, decode_rank, decode_scan, decode_selected
 
+MOST_PAIRS = 65535  # of sequences and key/value heads, CUDA's limit for the second axis of a grid
 BESIDE = 16 << 10  # bytes of shared memory for what is not tiles of keys and values
 MOST_SPLITS = 64
 STRETCH = 128  # blocks that a program of `decode_rank` compares, or as many more as leave no more than
@@ -23,6 +24,10 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     sequences, heads, dk = q.shape
     kv_heads, dv, max_pages = cache.k_slc.shape[1], cache.v_slc.shape[3], cache.pages.shape[1]
     group, pairs = heads // kv_heads, sequences * kv_heads
+    if pairs > MOST_PAIRS:
+        raise ValueError(
+            f"{sequences} sequences with {kv_heads} key/value heads are {pairs} pairs, and a step takes {MOST_PAIRS}; decode fewer sequences at once"
+        )
     if pairs == 0 or max_pages == 0:  # nothing to split
         return q.new_zeros(sequences, heads, dv), torch.full((sequences, kv_heads, config.num_selected), -1, dtype=torch.int32, device=q.device)
     blocks = 64 // (config.select_block // config.compress_stride)  # of a page
