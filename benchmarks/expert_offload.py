@@ -119,8 +119,9 @@ def fill(layers: Sequence[Residents], count: int, seed: int) -> Tensor:
     return torch.tensor([[layer.choose(count, min(count, int((layer.owner < 0).sum())), rng) for layer in layers] for _ in range(steps)])
 
 
-def record_trace(run: str, text: Path, tokens: int, device: torch.device) -> tuple[Shape, Tensor]:
-    """The routing of a trained model on a text: its experts' shape, and int64 [tokens, layers, top_k]."""
+def record_trace(run: str, text: Path, tokens: int, device: torch.device) -> tuple[Shape, Tensor, Tensor]:
+    """The routing of a trained model on a text: its experts' shape, int64 [tokens, layers, top_k], and what each layer's router but the first's would have
+    chosen from the input of the layer before, int64 [tokens, layers - 1, top_k], the likeliest first."""
     from nsa_transformer.inference.load import load_checkpoint
     from nsa_transformer.models.moe import MixtureOfExperts
 
@@ -128,14 +129,23 @@ def record_trace(run: str, text: Path, tokens: int, device: torch.device) -> tup
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     if not mixtures:
         raise ValueError(f"--run {run} has no experts")
+    routers = [mixture.router for mixture in mixtures]
     found: list[Tensor] = []
-    for mixture in mixtures:
-        mixture.router.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].cpu()))
+    guesses: list[Tensor] = []
+
+    def keep(number: int, x: Tensor, chosen: Tensor) -> None:
+        found.append(chosen.cpu())
+        if number + 1 < len(routers):
+            guesses.append(routers[number + 1].forward(x)[0].cpu())  # not by a call, which would be kept as well
+
+    for number, router in enumerate(routers):
+        router.register_forward_hook(lambda _module, inputs, output, number=number: keep(number, inputs[0], output[0]))
     ids = tokenizer.encode(text.read_text(encoding="utf-8", errors="replace")[: 8 * tokens])[: min(tokens, model.config.max_position_embeddings)]
     with torch.no_grad():
         model(torch.tensor(ids, device=device))
     num, hidden, width = mixtures[0].w2.shape
-    return Shape(len(mixtures), num, hidden, width, mixtures[0].router.config.top_k), torch.stack(found, 1)
+    chosen = torch.stack(found, 1)
+    return Shape(len(mixtures), num, hidden, width, routers[0].config.top_k), chosen, torch.stack(guesses, 1) if guesses else chosen[:, :0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- the stack
@@ -454,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         results["recorded"] = []
         if options.run is not None:
             torch.cuda.empty_cache()
-            own, trace = record_trace(options.run, options.text, 2048, device)
+            own, trace, _ = record_trace(options.run, options.text, 2048, device)
             # The model's routing over experts of the size in question: what counts is how long one takes.
             wide = replace(own, hidden=shape.hidden, width=shape.width)
             results["recorded"] = [replay(wide, trace, policy, device) for policy in ("lru", "frequency")]

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import record
 from benchmarks.expert_offload import record_trace
 from benchmarks.page import markdown_table
-from benchmarks.slot_policies import misses
+from benchmarks.slot_policies import SlotPolicy, misses
 from nsa_transformer.config import ConfigError
 
 POLICIES = ("lru", "frequency", "best")
+AHEAD = (0, 1, 2)  # experts copied on a guess
 WARM_UP = 4  # of so many parts of a text the first is not counted: its misses fill the slots
 
 
@@ -33,6 +34,23 @@ def miss_rate(trace: Tensor, slots: int, policy: str) -> float:
     begin = len(trace) // WARM_UP
     missing = sum(sum(misses(layer, slots, policy)[begin:]) for layer in trace.transpose(0, 1).tolist())
     return missing / trace[begin:].numel()
+
+
+def with_prefetch(trace: Tensor, guesses: Tensor, slots: int, ahead: int) -> dict[str, float]:
+    """`frequency`, with the `ahead` likeliest experts by the router of each layer on the input of the one before copied beforehand: missing ones and copies in
+    all, over chosen ones."""
+    layers = [SlotPolicy(slots, "frequency") for _ in range(trace.shape[1])]
+    begin = len(trace) // WARM_UP
+    for token, (chosen, guessed) in enumerate(zip(trace.tolist(), guesses.tolist(), strict=True)):
+        if token == begin:
+            for layer in layers:
+                layer.counts = [0, 0, 0, 0]
+        for number, layer in enumerate(layers):
+            if number and ahead:
+                layer.plan(guessed[number - 1][:ahead], demand=False)
+            layer.plan(chosen[number])
+    _, missing, prefetched, _ = (sum(layer.counts[place] for layer in layers) for place in range(4))
+    return {"missing": missing / trace[begin:].numel(), "copied": (missing + prefetched) / trace[begin:].numel()}
 
 
 def random_trace(tokens: int, layers: int, num: int, top_k: int) -> Tensor:
@@ -68,6 +86,7 @@ def render(results: dict[str, Any]) -> str:
         for row in text["rows"]:
             rates = [f"{row[name]:.1%}" for name in (*POLICIES, "random")]
             table.append([text["name"], str(text["tokens"]), f"{text['busiest']:.2f}", f"{row['slots']} of {results['experts']}", *rates])
+    guessed = [[text["name"], *(f"{found['missing']:.1%}, {found['copied']:.1%}" for found in text["prefetch"])] for text in results["texts"]]
     parts = [
         f"# Missing experts of a trained router, {facts['date']}",
         f"Python {facts['python']}, torch {facts['torch']}. Commit {facts['commit']}.\nCommand: `{facts['command']}`",
@@ -75,6 +94,10 @@ def render(results: dict[str, Any]) -> str:
         f"was not trained on, one token after the other as in decoding; the first of {WARM_UP} parts of each is warm-up. *Busiest*: load of a layer's busiest "
         "expert over the mean. *Best* knows the future. *Random*: a router that draws evenly, LRU.",
         markdown_table(["text", "tokens", "busiest", "slots", "LRU", "frequency", "best", "random"], table),
+        "## Prefetch",
+        "Slots for half of the experts, frequency. The likeliest experts by the router of each layer but the first, on the input of the layer before, are "
+        "copied beforehand: what is missing all the same, and what is copied in all.",
+        markdown_table(["text", *(f"{ahead} ahead: missing, copied" for ahead in AHEAD)], guessed),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -116,10 +139,11 @@ def collect(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     )
     results: dict[str, Any] = {"facts": record.facts(argv, options.commit), "weights": saved.folder.name, "model": described, "texts": []}
     for file in options.text:
-        shape, trace = record_trace(options.run, file, options.tokens, torch.device("cpu"))
+        shape, trace, guesses = record_trace(options.run, file, options.tokens, torch.device("cpu"))
         results |= {"layers": shape.layers, "experts": shape.num, "top_k": shape.top_k}
         rows = measure(trace, shape.num, options.shares)
-        results["texts"].append({"name": file.name, "tokens": len(trace), "busiest": busiest(trace, shape.num), "rows": rows})
+        prefetch = [with_prefetch(trace, guesses, max(shape.num // 2, shape.top_k), ahead) for ahead in AHEAD]
+        results["texts"].append({"name": file.name, "tokens": len(trace), "busiest": busiest(trace, shape.num), "rows": rows, "prefetch": prefetch})
     return results
 
 

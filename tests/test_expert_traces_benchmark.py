@@ -58,6 +58,15 @@ def test_rates_begin_after_the_warm_up() -> None:
     assert bench.miss_rate(drawn, 4, "lru") == pytest.approx(0.5, abs=0.07)  # whoever is there, half are not
 
 
+def test_prefetch_spares_misses_and_costs_copies() -> None:
+    """The second layer visits 0, 1, 2 in turn with one slot; its guesses are right, or always 3."""
+    trace = torch.tensor([[[0], [token % 3]] for token in range(12)])
+    right, wrong = trace[:, 1:], torch.full((12, 1, 1), 3)
+    assert bench.with_prefetch(trace, right, 1, 0) == {"missing": 0.5, "copied": 0.5}
+    assert bench.with_prefetch(trace, right, 1, 1) == {"missing": 0.0, "copied": 0.5}
+    assert bench.with_prefetch(trace, wrong, 1, 1) == {"missing": 0.5, "copied": 1.0}
+
+
 def test_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs"
     write_corpus(folder / "text")
@@ -69,6 +78,6 @@ def test_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     words = ["--run", run, "--text", str(text), "--tokens", "40", "--out", str(tmp_path / "out"), "--commit", "abc"]
     assert bench.main([*words, "--shares", "0.75"]) == 0
     page = next((tmp_path / "out").glob("expert_traces_cpu_*.md")).read_text()
-    assert "| text.py | 40 |" in page and "weights step_00000002" in page and "Commit abc" in page
+    assert "| text.py | 40 |" in page and page.count("| text.py |") == 2 and "weights step_00000002" in page and "Commit abc" in page
     assert bench.main([*words, "--shares", "0.01"]) == 2 and "slots, and a token visits" in capsys.readouterr().err
     assert bench.main([*words, "--shares", "2"]) == 2 and "must lie between 0 and 1" in capsys.readouterr().err
