@@ -34,6 +34,7 @@ from nsa_transformer.kernels import experts
 from nsa_transformer.memory.expert_offload import STREAM_BYTES, ExpertStore, OffloadStatistics
 
 STEPS = 64  # tokens that are timed for a row
+WARM_UP = 4  # of so many parts of a recorded trace the first is not counted: its misses fill the slots
 BASELINE_LAYERS = 4  # that a baseline is timed on; its time a token is that of so many layers more
 GIB = 2**30
 
@@ -121,7 +122,8 @@ def fill(layers: Sequence[Residents], count: int, seed: int) -> Tensor:
 
 def record_trace(run: str, text: Path, tokens: int, device: torch.device) -> tuple[Shape, Tensor, Tensor]:
     """The routing of a trained model on a text: its experts' shape, int64 [tokens, layers, top_k], and what each layer's router but the first's would have
-    chosen from the input of the layer before, int64 [tokens, layers - 1, top_k], the likeliest first."""
+    chosen from the input of the layer before, int64 [tokens, layers - 1, top_k], the likeliest first. Raises `ValueError` for a text of fewer tokens than
+    `WARM_UP`, or a run without experts."""
     from nsa_transformer.inference.load import load_checkpoint
     from nsa_transformer.models.moe import MixtureOfExperts
 
@@ -141,6 +143,8 @@ def record_trace(run: str, text: Path, tokens: int, device: torch.device) -> tup
     for number, router in enumerate(routers):
         router.register_forward_hook(lambda _module, inputs, output, number=number: keep(number, inputs[0], output[0]))
     ids = tokenizer.encode(text.read_text(encoding="utf-8", errors="replace")[: 8 * tokens])[: min(tokens, model.config.max_position_embeddings)]
+    if len(ids) < WARM_UP:
+        raise ValueError(f"--text {text} is {len(ids)} tokens long; give one of {WARM_UP} or more")
     with torch.no_grad():
         model(torch.tensor(ids, device=device))
     num, hidden, width = mixtures[0].w2.shape
@@ -354,7 +358,7 @@ def measure(stack: Stack, rates: Sequence[float], prompt: int = 4096) -> dict[st
 
 
 def replay(shape: Shape, trace: Tensor, policy: str, device: torch.device) -> dict[str, Any]:
-    """A recorded trace, its first quarter as warm-up, with slots for half of the experts."""
+    """A recorded trace, the first of WARM_UP parts as warm-up, with slots for half of the experts."""
     slots = max(shape.top_k, shape.num // 2)
     buffers = 2 * min(shape.num, max(1, STREAM_BYTES // shape.expert_bytes))
     budget = ((shape.layers * slots + buffers) * shape.expert_bytes + shape.layers * (6 * shape.num + 32) * 4) / GIB
@@ -364,10 +368,10 @@ def replay(shape: Shape, trace: Tensor, policy: str, device: torch.device) -> di
     one = trace[:1].expand(STEPS, -1, -1).to(device)
     stack.decode(one)
     compute_ms, _, _ = stack.decode(one)
-    quarter = len(trace) // 4
-    stack.decode(trace[:quarter].to(device))
-    ms, counted, _ = stack.decode(trace[quarter:].to(device))
-    return make_row(f"trained router, {policy}, {stack.store.slots} slots for {shape.num}", ms, counted, len(trace) - quarter, rate, compute_ms)
+    begin = len(trace) // WARM_UP
+    stack.decode(trace[:begin].to(device))
+    ms, counted, _ = stack.decode(trace[begin:].to(device))
+    return make_row(f"trained router, {policy}, {stack.store.slots} slots for {shape.num}", ms, counted, len(trace) - begin, rate, compute_ms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- page

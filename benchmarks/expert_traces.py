@@ -19,14 +19,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import record
-from benchmarks.expert_offload import record_trace
+from benchmarks.expert_offload import WARM_UP, record_trace
 from benchmarks.page import markdown_table
 from benchmarks.slot_policies import SlotPolicy, misses
 from nsa_transformer.config import ConfigError
 
 POLICIES = ("lru", "frequency", "best")
 AHEAD = (0, 1, 2)  # experts copied on a guess
-WARM_UP = 4  # of so many parts of a text the first is not counted: its misses fill the slots
 
 
 def miss_rate(trace: Tensor, slots: int, policy: str) -> float:

@@ -81,3 +81,6 @@ def test_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "| text.py | 40 |" in page and page.count("| text.py |") == 2 and "weights step_00000002" in page and "Commit abc" in page
     assert bench.main([*words, "--shares", "0.01"]) == 2 and "slots, and a token visits" in capsys.readouterr().err
     assert bench.main([*words, "--shares", "2"]) == 2 and "must lie between 0 and 1" in capsys.readouterr().err
+    for nothing in ("", "x"):
+        text.write_text(nothing)
+        assert bench.main([*words, "--shares", "0.75"]) == 2 and "tokens long; give one of 4 or more" in capsys.readouterr().err

@@ -63,7 +63,6 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     heads_of = {"HKV": kv_heads, "G": group, "GP": group_rows}
     runs = {"STRIDE": config.compress_stride, "SELECT": config.select_block}
     choice = {"N": config.num_selected, "NP": kept, "INITIAL": config.num_initial, "LOCAL": config.num_local}
-    # The attribute itself is for compute capability 9.0 and later, and so is the instruction that waits.
     launch = {"PDL": pdl, "launch_pdl": pdl}
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
