@@ -17,7 +17,8 @@ from nsa_transformer.config import KVCacheConfig, NSAConfig
 from nsa_transformer.kernels import nsa_attention
 from nsa_transformer.kernels.paged import LARGEST, SCALE, quantize_rows, recent_tokens, ring_tokens
 from nsa_transformer.models.attention import NativeSparseAttention
-from nsa_transformer.models.cache import KVCache, SparseLayerCache, _write_pages
+from nsa_transformer.models.cache import KVCache, SparseLayerCache
+from nsa_transformer.models.chunk import Places, SparseChunkPlan
 from nsa_transformer.models.transformer import Transformer
 
 Way = Callable[[Tensor, int], Tensor]
@@ -126,12 +127,15 @@ class RoundedLayer(SparseLayerCache):
         rows = super()._compress(*arguments)
         return rows if self.compressed is None else {name: self.compressed(x, 1) for name, x in rows.items()}
 
-    def _extend_selected(self, name: str, sequence: int, pages: Tensor, start: int, new: Tensor) -> Tensor:
-        rows = super()._extend_selected(name, sequence, pages, start, new)
+    def _extend_selected(self, plan: SparseChunkPlan, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = super()._extend_selected(plan, new)
         size = self.owner.config.nsa.select_block
-        before, after = (max(0, length - self.threshold) // size * size for length in (start, start + len(new)))
+        before, after = (max(0, length - self.threshold) // size * size for length in (plan.start, plan.end))
         if after > before:
-            _write_pages(self._stores[f"{name}_slc"], pages, before, self.ways[name](rows[before:after], size))
+            assert self.owner.table is not None
+            places = Places.of(self.owner.table[plan.sequence].long(), after, self.owner.span).between(before, after)
+            for name in ("k", "v"):
+                places.write(self._stores[f"{name}_slc"], self.ways[name](rows[f"{name}_slc"][before:after], size))
         return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from nsa_transformer.kernels import CompressionWeights, compress_blocks, nsa_att
 from nsa_transformer.kernels.decode import nsa_decode
 from nsa_transformer.kernels.paged import NewRows
 from nsa_transformer.models.cache import DenseLayerCache, LayerView, SparseLayerCache
+from nsa_transformer.models.chunk import SparseChunkPlan
 from nsa_transformer.models.layout import PackLayout
 from nsa_transformer.models.rope import RotaryEmbedding
 
@@ -108,10 +110,11 @@ class NativeSparseAttention(nn.Module):
         else:
             assert isinstance(cache.layer, SparseLayerCache)
             new = NewRows(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
-            if cache.sequence is None:
+            if cache.plan is None:
                 out = self.decode(q, gates, cache.layer.step(new, self._compress_blocks, self.backend), self.config, backend=self.backend)
             else:
-                rows = cache.layer.extend(cache.sequence, cache.start, new, self._compress_blocks)
+                assert isinstance(cache.plan, SparseChunkPlan)
+                rows = cache.layer.extend(cache.plan, new, partial(self._compress_run, layout))
                 out = self.attend(q=q, **rows, gates=gates, config=self.config, backend=self.backend)
         return self.o_proj(out.flatten(1))
 
@@ -120,6 +123,11 @@ class NativeSparseAttention(nn.Module):
         k_weights, v_weights = self.k_compress.weights, self.v_compress.weights
         weights = None if k_weights is None or v_weights is None else (k_weights, v_weights)
         return compress_blocks(k, v, self.config, weights=weights, cu_seqlens=cu_seqlens, rows=rows, backend=self.backend)
+
+    def _compress_run(self, layout: PackLayout, k: Tensor, v: Tensor, plan: SparseChunkPlan) -> tuple[Tensor, Tensor]:
+        """The run of tokens k, v `[T, heads, …]` that a plan's new blocks lie in: compressed and rotated, `[new blocks, heads, …]`."""
+        k_new, v_new = (x[: len(plan.block_rows)] for x in self._compress(k, v, plan.block_rows, plan.run))
+        return layout.cmp_rotation(k_new), v_new
 
     def _compress_blocks(self, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Whole blocks k, v `[N, l, heads, …]`, blocks `index` int64 `[N]` of their sequences: compressed and rotated, `[N, heads, …]`."""
@@ -168,10 +176,10 @@ class DenseAttention(nn.Module):
             out = packed_attention(q, k, v, layout.cu_seqlens, self.window)
         else:
             assert isinstance(cache.layer, DenseLayerCache)
-            if cache.sequence is None:
+            if cache.plan is None:
                 out = _attend_newest(q, *cache.layer.step(k, v), self.window)
             else:
-                out = _attend_document(q, *cache.layer.extend(cache.sequence, cache.start, k, v), self.window)
+                out = _attend_document(q, *cache.layer.extend(cache.plan, k, v), self.window)
         return self.o_proj(out.flatten(1))
 
 

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa_transformer.config import KVCacheConfig, ModelConfig, NSAConfig
+from nsa_transformer.config import KVCacheConfig, ModelConfig
 from nsa_transformer.kernels.decode import append_rows
-from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
+from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
 from nsa_transformer.models.cache_size import dense_capacity
+from nsa_transformer.models.chunk import ChunkPlan, SparseChunkPlan, ring_pieces, write_ring
+from nsa_transformer.models.dense_cache import DenseLayerCache
 
 # φ of whole blocks: keys and values [N, l, Hkv, …], index of each block [N], to compressed and rotated [N, Hkv, …]
 Compress = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def num_compressed(length: int, config: NSAConfig) -> int:
-    return max(0, (length - config.compress_block) // config.compress_stride + 1)
+# φ of a chunk's new blocks: keys and values [T, Hkv, …] of its run of tokens, to compressed and rotated [new blocks, Hkv, …]
+CompressRun = Callable[[Tensor, Tensor, SparseChunkPlan], tuple[Tensor, Tensor]]
 
 
 class KVCache:
@@ -62,15 +62,20 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
-    def extend(self, sequence: int, num_tokens: int, device: torch.device) -> int:
-        """Make room for `num_tokens` more and return how many there were. Raises `ValueError` where the sequence would outgrow the model's positions."""
+    def extend(self, sequence: int, num_tokens: int, device: torch.device) -> ChunkPlan:
+        """Make room for `num_tokens` more; what the layers are to do with them. Raises `ValueError` where the sequence would outgrow the model's positions."""
         if not 0 <= sequence < len(self.lengths):
             raise ValueError(f"sequence={sequence} is not in the cache; write 0 … {len(self.lengths) - 1}")
         start = self.lengths[sequence]
-        self._check_room(start + num_tokens)
+        end = start + num_tokens
+        self._check_room(end)
         self._place(device)
-        self._grow(sequence, start + num_tokens)
-        return start
+        self._grow(sequence, end)
+        if self.config.attention != "nsa":
+            return ChunkPlan(sequence, start, end)
+        assert self.table is not None
+        threshold = self.settings.threshold if self.quantized else None
+        return SparseChunkPlan.build(sequence, start, end, self.table[sequence], self.config.nsa, threshold)
 
     def reserve_step(self, device: torch.device) -> None:
         """Make room for one more token of every sequence that has any: what the host does of a step. `count_step` is the device's part."""
@@ -215,65 +220,86 @@ class SparseLayerCache:
             self._stores[name] = grown
             self.owner.moves += 1
 
-    def extend(self, sequence: int, start: int, new: NewRows, compress: Compress) -> dict[str, Tensor]:
+    def extend(self, plan: SparseChunkPlan, new: NewRows, compress: CompressRun) -> dict[str, Tensor]:
         """Append rows [T, Hkv, …] of one sequence, and return all its keys and values as `nsa_attention` takes them; rows of the window that no query of
-        these sees are not set."""
+        these sees are zeros."""
         rows = new._asdict()
-        owner, config = self.owner, self.owner.config.nsa
         self._make({"k": rows["k_slc"], "v": rows["v_slc"]})
-        assert owner.table is not None
-        end, pages = start + len(rows["k_slc"]), owner.table[sequence].long()
-        found: dict[str, Tensor] = {}
-        compressed = self._compress(sequence, start, end, rows, compress)
-        for name in ("k", "v"):
-            pool, added, held = self._stores[f"{name}_cmp"], compressed[name], num_compressed(start, config)
-            _write_pages(pool, pages, held, added)
-            found[f"{name}_cmp"] = added if held == 0 else torch.cat([gather_pages(pool, pages, held), added])
-            found[f"{name}_slc"] = self._extend_selected(name, sequence, pages, start, rows[f"{name}_slc"])
-            found[f"{name}_win"] = self._extend_window(name, sequence, start, rows[f"{name}_win"])
-            _write_ring(self._stores[f"{name}_raw"], sequence, start, rows[f"{name}_raw"])
-        assert len(found["k_slc"]) == end
+        found = self._extend_compressed(plan, rows, compress)
+        found |= self._extend_selected(plan, rows)
+        found |= self._extend_window(plan, rows)
+        assert len(found["k_slc"]) == plan.end
         return found
 
-    def _compress(self, sequence: int, start: int, end: int, rows: dict[str, Tensor], compress: Compress) -> dict[str, Tensor]:
+    def _extend_compressed(self, plan: SparseChunkPlan, rows: dict[str, Tensor], compress: CompressRun) -> dict[str, Tensor]:
+        found = self._compress(plan, rows, compress)
+        for name in ("k", "v"):
+            write_ring(self._ring(f"{name}_raw", plan), plan.end, rows[f"{name}_raw"])
+            pool, added = self._stores[f"{name}_cmp"], found[f"{name}_cmp"]
+            if len(added):
+                plan.new_blocks.write(pool, added)
+            if plan.blocks_before:
+                found[f"{name}_cmp"] = plan.all_blocks.read(pool)
+        return found
+
+    def _compress(self, plan: SparseChunkPlan, rows: dict[str, Tensor], compress: CompressRun) -> dict[str, Tensor]:
         """Rows of the blocks that became whole."""
-        config = self.owner.config.nsa
-        first, count = num_compressed(start, config), num_compressed(end, config)
-        if first == count:
-            return {"k": rows["k_raw"][:0], "v": rows["v_raw"][:0]}
-        begin = first * config.compress_stride
-        index = torch.arange(first, count, device=rows["k_raw"].device)
-        token = (index * config.compress_stride - begin)[:, None] + torch.arange(config.compress_block, device=index.device)
-        raw = {name: torch.cat([_read_ring(self._stores[f"{name}_raw"], sequence, begin, start), rows[f"{name}_raw"]]) for name in ("k", "v")}
-        k, v = compress(raw["k"][token], raw["v"][token], index)
-        return {"k": k, "v": v}
+        k, v = rows["k_raw"], rows["v_raw"]
+        if plan.blocks == plan.blocks_before:
+            return {"k_cmp": k[:0], "v_cmp": v[:0]}
+        if plan.run_start < plan.start:
+            held = (ring_pieces(self._ring(name, plan), plan.run_start, plan.start) for name in ("k_raw", "v_raw"))
+            k, v = (torch.cat([*pieces, x]) for pieces, x in zip(held, (k, v), strict=True))
+        k, v = compress(k, v, plan)
+        return {"k_cmp": k, "v_cmp": v}
 
-    def _extend_selected(self, name: str, sequence: int, pages: Tensor, start: int, new: Tensor) -> Tensor:
-        owner, pool = self.owner, self._stores[f"{name}_slc"]
-        if not owner.quantized:
-            _write_pages(pool, pages, start, new)
-            return new if start == 0 else gather_pages(pool, pages, start + len(new))
-        ring, scale, size = self._stores[f"{name}_recent"], self._stores[f"{name}_scale"], owner.config.nsa.select_block
-        before, after = (max(0, length - owner.settings.threshold) // size * size for length in (start, start + len(new)))
-        recent = torch.cat([_read_ring(ring, sequence, before, start), new])  # from token `before` on
-        old = gather_pages(pool, pages, before).to(new.dtype) * gather_pages(scale, pages, before).to(new.dtype)[..., None]
-        stored, factor = quantize_rows(recent[: after - before])
-        _write_pages(pool, pages, before, stored)
-        _write_pages(scale, pages, before, factor)
-        _write_ring(ring, sequence, start, new)
-        return torch.cat([old, recent])
+    def _extend_selected(self, plan: SparseChunkPlan, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.owner.quantized:
+            found = {f"{name}_slc": self._extend_recent(name, plan, rows[f"{name}_slc"]) for name in ("k", "v")}
+            if plan.stored > plan.stored_before:
+                self._quantize(plan, found)
+            return found
+        found = {name: rows[name] for name in ("k_slc", "v_slc")}
+        for name, new in found.items():
+            plan.new_tokens.write(self._stores[name], new)
+        return {name: plan.tokens.read(self._stores[name]) for name in found} if plan.start else found
 
-    def _extend_window(self, name: str, sequence: int, start: int, new: Tensor) -> Tensor:
-        ring = self._stores[f"{name}_win"]
-        if start == 0:
-            rows = new
-        else:
-            kept = min(start, ring.shape[2])
-            rows = new.new_zeros(start + len(new), *new.shape[1:])  # a masked product may touch what no query sees
-            rows[start - kept : start] = _read_ring(ring, sequence, start - kept, start)
-            rows[start:] = new
-        _write_ring(ring, sequence, start, new)
+    def _extend_recent(self, name: str, plan: SparseChunkPlan, new: Tensor) -> Tensor:
+        """All rows of a cache in FP8, as they are read before any of them is rounded that becomes old now."""
+        ring, rows = self._ring(f"{name}_recent", plan), new
+        if plan.start:
+            parts = [*ring_pieces(ring, plan.stored_before, plan.start), new]
+            if plan.stored_before:
+                old, scale = (plan.tokens.read(self._stores[f"{name}_{kind}"]).to(new.dtype) for kind in ("slc", "scale"))
+                parts.insert(0, old * scale[..., None])
+            rows = torch.cat(parts)
+        write_ring(ring, plan.end, new)
         return rows
+
+    def _quantize(self, plan: SparseChunkPlan, rows: dict[str, Tensor]) -> None:
+        """Those of all rows that become old now, into pages."""
+        aged = [rows[name][plan.stored_before : plan.stored] for name in ("k_slc", "v_slc")]
+        alike = aged[0].shape == aged[1].shape  # then both at once: half the launches
+        each = zip(*quantize_rows(torch.stack(aged)), strict=True) if alike else map(quantize_rows, aged)
+        for name, (x, scale) in zip(("k", "v"), each, strict=True):
+            plan.new_tokens.write(self._stores[f"{name}_slc"], x)
+            plan.new_tokens.write(self._stores[f"{name}_scale"], scale)
+
+    def _extend_window(self, plan: SparseChunkPlan, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: rows[name] for name in ("k_win", "v_win")}
+        zero = rows["k_win"].new_zeros(1, 1, 1) if plan.start else None
+        for name, new in found.items():
+            ring = self._ring(name, plan)
+            if zero is not None:
+                first = max(0, plan.start - len(ring))
+                left = zero.expand(first, *new.shape[1:])  # the ring: a masked product may touch what no query sees
+                found[name] = torch.cat([left, *ring_pieces(ring, first, plan.start), new])
+            write_ring(ring, plan.end, new)
+        return found
+
+    def _ring(self, name: str, plan: SparseChunkPlan) -> Tensor:
+        """A sequence's own, [size, Hkv, …]."""
+        return self._stores[name][plan.sequence].transpose(0, 1)
 
     def step(self, rows: NewRows, compress: Compress, backend: str = "auto") -> PagedKeysValues:
         """Append a row of each sequence and return what `nsa_decode` reads."""
@@ -308,86 +334,9 @@ class SparseLayerCache:
                 store[target] = store[source]
 
 
-class DenseLayerCache:
-    """One layer of dense or windowed attention: keys and values [B, Hkv, capacity, …] one after the other."""
-
-    def __init__(self, owner: KVCache) -> None:
-        self.owner = owner
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.stores)
-
-    @property
-    def stores(self) -> list[Tensor]:
-        return [x for x in (self.k, self.v) if x is not None]
-
-    def make_room(self) -> None:
-        """As long as the longest sequence, once there is any row."""
-        if self.k is not None and self.v is not None:
-            self._make(self.k[:0, :, 0], self.v[:0, :, 0])
-
-    def _make(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for the longest sequence."""
-        capacity = dense_capacity(max(self.owner.lengths))
-        if self.k is None or self.v is None or self.k.shape[2] < capacity:
-            before = (self.k, self.v)
-            grown = [x.new_zeros(len(self.owner.lengths), x.shape[1], capacity, x.shape[2]) for x in (k, v)]
-            for old, new in zip(before, grown, strict=True):
-                if old is not None:
-                    new[:, :, : old.shape[2]] = old
-            self.k, self.v = grown
-            self.owner.moves += 1
-        return self.k, self.v
-
-    def extend(self, sequence: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [T, Hkv, …]; all of the sequence [S, Hkv, …]."""
-        keys, values = self._make(k, v)
-        end = start + len(k)
-        keys[sequence, :, start:end], values[sequence, :, start:end] = k.transpose(0, 1), v.transpose(0, 1)
-        return keys[sequence, :, :end].transpose(0, 1), values[sequence, :, :end].transpose(0, 1)
-
-    def step(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Append k, v [B, Hkv, …]; all [B, Hkv, capacity, …], and the newest position of each sequence, int64 [B]."""
-        keys, values = self._make(k, v)
-        assert self.owner.device_lengths is not None
-        t = (self.owner.device_lengths.long() - 1).clamp(min=0)
-        each = torch.arange(len(t), device=t.device)
-        keys[each, :, t], values[each, :, t] = k, v
-        return keys, values, t
-
-    def copy(self, source: int, target: int, _pages: list[tuple[int, int]]) -> None:
-        assert self.k is not None and self.v is not None
-        self.k[target], self.v[target] = self.k[source], self.v[source]
-
-
 @dataclass(frozen=True)
 class LayerView:
-    """What one layer is told of a pass: extend `sequence` from token `start` on, or, with None, every sequence by one."""
+    """What one layer is told of a pass: extend a sequence by a chunk, or, with None, every sequence by one token."""
 
     layer: SparseLayerCache | DenseLayerCache
-    sequence: int | None
-    start: int = 0
-
-
-def _write_pages(pool: Tensor, pages: Tensor, first: int, rows: Tensor) -> None:
-    """rows [T, Hkv, …] into positions `first` … of a pool [pages, Hkv, size, …]."""
-    position = torch.arange(first, first + len(rows), device=pages.device)
-    to = (pages[position // pool.shape[2]], slice(None), position % pool.shape[2])
-    if pool.dtype == torch.float8_e4m3fn:  # which has no indexed writes
-        pool, rows = pool.view(torch.uint8), rows.view(torch.uint8)
-    pool[to] = rows
-
-
-def _write_ring(ring: Tensor, sequence: int, first: int, rows: Tensor) -> None:
-    """The newest of rows [T, Hkv, …] that begin at position `first` into a ring [B, Hkv, size, …]."""
-    size = ring.shape[2]
-    position = torch.arange(first, first + len(rows), device=ring.device)[-size:]
-    ring[sequence][:, position % size] = rows[-size:].transpose(0, 1)
-
-
-def _read_ring(ring: Tensor, sequence: int, first: int, last: int) -> Tensor:
-    """Positions first … last - 1, [last - first, Hkv, …]."""
-    return ring[sequence][:, torch.arange(first, last, device=ring.device) % ring.shape[2]].transpose(0, 1)
+    plan: ChunkPlan | None

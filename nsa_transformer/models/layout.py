@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels.compress import block_rows, position_in_group
+from nsa_transformer.models.chunk import ChunkPlan, SparseChunkPlan
 from nsa_transformer.models.rope import RotaryEmbedding, Rotation
 
 
@@ -30,8 +31,8 @@ class PackLayout:
     cmp_rotation: Rotation
 
     @staticmethod
-    def build(num_tokens: int, cu_seqlens: Tensor | None, config: NSAConfig, rope: RotaryEmbedding, device: torch.device, start: int = 0) -> PackLayout:
-        """`start`: position of the first token of each document, where a cache holds those before it.
+    def build(num_tokens: int, cu_seqlens: Tensor | None, config: NSAConfig, rope: RotaryEmbedding, device: torch.device) -> PackLayout:
+        """Documents from their first token on.
 
         Raises `ValueError` naming cu_seqlens where it does not bound the documents; its values are checked on the CPU alone.
         """
@@ -41,7 +42,15 @@ class PackLayout:
         owner, positions = position_in_group(cu_seqlens.long(), torch.arange(num_tokens, device=device))
         rows, index = block_rows(cu_seqlens, num_tokens, config)
         middles = index * config.compress_stride + config.compress_block // 2
-        return PackLayout(cu_seqlens, owner, rope.rotation(positions + start), rows, rope.rotation(middles))
+        return PackLayout(cu_seqlens, owner, rope.rotation(positions), rows, rope.rotation(middles))
+
+    @staticmethod
+    def chunk(plan: ChunkPlan, rope: RotaryEmbedding, device: torch.device) -> PackLayout:
+        """A chunk of one sequence, whose tokens before are in a cache; compressed blocks are those that it completes, in tokens of the plan's run."""
+        position = torch.arange(plan.start, plan.end, device=device)
+        ends = torch.arange(2, dtype=torch.int32, device=device) * len(position)
+        rows, middles = (plan.block_rows, plan.middles) if isinstance(plan, SparseChunkPlan) else (position[:0, None], position[:0])
+        return PackLayout(ends, torch.zeros_like(position), rope.rotation(position), rows, rope.rotation(middles))
 
     @staticmethod
     def step(lengths: Tensor, rope: RotaryEmbedding) -> PackLayout:

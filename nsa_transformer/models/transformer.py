@@ -82,7 +82,7 @@ class Block(nn.Module):
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MixtureOfExperts):
             # Nobody asks for those of a step of decoding, which is many small kernels as it is.
-            y, statistics = self.mlp(normed, layout.document, len(layout.cu_seqlens) - 1, valid, count=cache is None or cache.sequence is not None)
+            y, statistics = self.mlp(normed, layout.document, len(layout.cu_seqlens) - 1, valid, count=cache is None or cache.plan is not None)
             return x + y, statistics
         return x + self.mlp(normed), None
 
@@ -130,20 +130,21 @@ class Transformer(nn.Module):
             ValueError: an argument of a wrong shape, dtype or (on the CPU) value, or a sequence past `max_position_embeddings`.
         """
         self._check(tokens, cu_seqlens, targets, valid, cache, loss_chunk_size)
-        start = 0
-        if cache is not None and sequence is None:
+        plan = None
+        if cache is None:
+            layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device)
+        elif sequence is None:
             layout = PackLayout.step(cache.count_step(), self.rope)
         else:
-            if cache is not None and sequence is not None:
-                start = cache.extend(sequence, len(tokens), tokens.device)
-            layout = PackLayout.build(len(tokens), cu_seqlens, self.config.nsa, self.rope, tokens.device, start)
+            plan = cache.extend(sequence, len(tokens), tokens.device)
+            layout = PackLayout.chunk(plan, self.rope, tokens.device)
         self._check_lengths(layout.cu_seqlens)
         self.ready(self.embedding)
         x = self.embedding(tokens)
         statistics = []
         for index, block in enumerate(self.layers):
             self.ready(block)
-            x, found = block(x, layout, valid, None if cache is None else LayerView(cache.layers[index], sequence, start))
+            x, found = block(x, layout, valid, None if cache is None else LayerView(cache.layers[index], plan))
             if found is not None:
                 statistics.append(found)
         self.ready(self.norm)

@@ -79,9 +79,10 @@ def test_decoding_is_prefill(compression: str) -> None:
     for sizes in ([1] * 45, [7, 1, 20, 3, 14]):
         cache, start = KVCache(ModelConfig(num_layers=1, nsa=layer.config)), 0
         for size in sizes:
-            assert cache.extend(0, size, x.device) == start
-            layout = PackLayout.build(size, None, layer.config, layer.rope, x.device, start)
-            out = layer(x[start : start + size], layout=layout, cache=LayerView(cache.layers[0], 0, start))
+            plan = cache.extend(0, size, x.device)
+            assert (plan.start, plan.end) == (start, start + size)
+            layout = PackLayout.chunk(plan, layer.rope, x.device)
+            out = layer(x[start : start + size], layout=layout, cache=LayerView(cache.layers[0], plan))
             torch.testing.assert_close(out, whole[start : start + size], rtol=1e-5, atol=1e-5)
             start += size
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa_transformer.config import NSAConfig
+from nsa_transformer.models.chunk import ChunkPlan, SparseChunkPlan
 from nsa_transformer.models.layout import PackLayout
 from nsa_transformer.models.rope import RotaryEmbedding
 
@@ -65,9 +66,15 @@ def test_one_document_is_the_default():
     assert torch.equal(a.cu_seqlens, b.cu_seqlens) and torch.equal(a.cmp_rows, b.cmp_rows) and torch.equal(a.document, b.document)
 
 
-def test_start_shifts_the_positions_of_tokens():
-    layout = PackLayout.build(5, None, GEOMETRIES["overlapping"], ROPE, CPU, start=100)
+def test_a_chunk_goes_on_from_its_start():
+    config = GEOMETRIES["overlapping"]
+    layout = PackLayout.chunk(SparseChunkPlan.build(0, 100, 105, torch.ones(5, dtype=torch.int32), config, None), ROPE, CPU)
     assert torch.equal(layout.rotation.cos, ROPE.rotation(torch.arange(100, 105)).cos)
+    assert torch.equal(layout.cmp_rotation.sin, ROPE.rotation(torch.tensor([100])).sin), "the block of tokens 96 … 103, at its middle"
+    assert layout.cmp_rows.tolist() == [list(range(8))]
+    assert layout.cu_seqlens.tolist() == [0, 5] and layout.cu_seqlens.dtype == torch.int32 and layout.document.tolist() == [0] * 5
+    layout = PackLayout.chunk(ChunkPlan(0, 7, 9), ROPE, CPU)
+    assert torch.equal(layout.rotation.sin, ROPE.rotation(torch.arange(7, 9)).sin) and len(layout.cmp_rows) == len(layout.cmp_rotation.cos) == 0
 
 
 @pytest.mark.parametrize(
