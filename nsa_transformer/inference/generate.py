@@ -17,7 +17,9 @@ from nsa_transformer.inference.faults import memory_explained
 from nsa_transformer.models.cache import KVCache
 from nsa_transformer.models.transformer import Transformer
 
-PREFILL_CHUNK = 4096  # prompt tokens per pass, which bounds the memory of a long prompt
+# Prompt tokens per pass, which bounds the memory of a long prompt. A pass takes the host about as long whatever its length: with 4,096 tokens an H200 was
+# idle for most of it, and 64k tokens of model=large took three times as long (benchmarks/log.md).
+PREFILL_CHUNK = 16384
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from nsa_transformer.models.chunk import SparseChunkPlan
 from nsa_transformer.models.layout import PackLayout
 from nsa_transformer.models.rope import RotaryEmbedding
 
+MASKED_QUERIES = 4096  # at once in dense attention that goes on from a cache: where torch has no kernel for a mask, all their scores are in memory
+
 
 class BlockCompressor(nn.Module):
     """Parameters of φ, equation 7: the l keys (or values) of a block become one. `kernels/compress.py` computes it, of both at once.
@@ -193,16 +195,17 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window
 
 
 def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Queries that end where the keys end. The window goes by chunks of its own length, so that its mask is not quadratic."""
+    """Queries that end where the keys end. What needs a mask goes by pieces: of the window's length, so that it is not quadratic, or of MASKED_QUERIES."""
     queries, keys = q.shape[0], k.shape[0]
     if window is None or window >= keys:
         if queries == keys:
             return _sdpa(q, k, v, is_causal=True)
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        return _sdpa(q, k, v, attn_mask=mask)
+        window, size = keys, MASKED_QUERIES
+    else:
+        size = max(window, 64)
     out = []
-    for start in range(0, queries, max(window, 64)):
-        end = min(start + max(window, 64), queries)
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
         t = torch.arange(keys - queries + start, keys - queries + end, device=q.device)[:, None]
         first = max(0, keys - queries + start - window + 1)
         last = keys - queries + end

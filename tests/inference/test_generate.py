@@ -126,7 +126,7 @@ def model() -> Transformer:
 PROMPT = random_tokens(11).tolist()
 
 
-@pytest.mark.parametrize("chunk", [4096, 3])
+@pytest.mark.parametrize("chunk", [module.PREFILL_CHUNK, 3])
 def test_greedy_is_the_argmax_of_a_prefill_at_each_step(model: Transformer, monkeypatch: pytest.MonkeyPatch, chunk: int):
     monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
     ids = list(PROMPT)

@@ -9,6 +9,7 @@ import torch
 
 from nsa_transformer.config import KVCacheConfig
 from nsa_transformer.kernels.paged import gather_pages
+from nsa_transformer.models import attention
 
 from .small import random_tokens, small_model
 
@@ -25,6 +26,7 @@ GEOMETRIES = {
 LENGTH = 45
 # float64 weights; norms and router round to float32, so neither is the rest exact.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, where: object) -> None:
@@ -75,6 +77,22 @@ def test_prefill_in_chunks_of_any_size(attention: str, seed: int):
         start += size
         close(logits, whole[start - size : start], (geometry, start))
     assert cache.length == 150
+
+
+@torch.no_grad()
+def test_masked_queries_of_dense_attention_go_by_pieces(monkeypatch: pytest.MonkeyPatch):
+    model, tokens = small_model(attention="dense").double(), random_tokens(60)
+    cache, whole, masks = model.new_cache(), model(tokens), []
+
+    def sdpa(q, k, v, attn_mask=None, **keywords):
+        masks.append(None if attn_mask is None else list(attn_mask.shape))
+        return ATTENTION(q, k, v, attn_mask=attn_mask, **keywords)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", sdpa)
+    monkeypatch.setattr(attention, "MASKED_QUERIES", 7)
+    close(model(tokens[:40], cache=cache), whole[:40], "no mask")
+    close(model(tokens[40:], cache=cache), whole[40:], "pieces")
+    assert masks == [None] * 2 + [[7, 47], [7, 54], [6, 60]] * 2
 
 
 @torch.no_grad()
