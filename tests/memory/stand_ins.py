@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa_transformer.memory import cuda_link, host, optimizer_offload
+
 
 class Event:
     def __init__(self, enable_timing: bool = False) -> None:
@@ -39,6 +41,9 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         assert isinstance(event, Event) and event.records
         self.waits += 1
+
+    def synchronize(self) -> None:
+        pass
 
 
 def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +110,9 @@ class _Queue:
         if event.place is not None:  # an event that was never recorded is not waited for
             self.lagging.push(self, lambda place=event.place: self.lagging.pass_(*place))
 
+    def synchronize(self) -> None:
+        self.lagging.pass_(self, self.done + len(self.waiting))
+
 
 class _Mark:
     """An event; waiting for it means the last `record` before."""
@@ -135,9 +143,15 @@ class _Later(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             self.stream.lagging.push(self.stream, lambda: func(*args, **kwargs))
-            return kwargs.get("out", args[0])
+            return kwargs.get("out", args[0]) if func._schema.returns else None
         assert all(each.alias_info for each in func._schema.returns), f"{func} makes memory of its own on a stream"
         return func(*args, **kwargs)
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Move and compute so many elements at once, such that small tensors have many parts."""
+    for module in (host, cuda_link, optimizer_offload):
+        monkeypatch.setattr(module, "CHUNK", chunk)
 
 
 def take_workspaces(device: torch.device) -> None:
