@@ -6,7 +6,7 @@ import mmap
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,11 @@ from torch import Tensor
 from nsa_transformer.config import ConfigError
 from nsa_transformer.utils.hardware import GIB, memory_bytes
 
-# Elements that are moved and computed at once: 16 MiB in float32. What one operation wrote, the next one finds in the caches of the cores, and a few hundred
-# such parts of a large model cost little to start.
+# Elements that the host computes at once, 16 MiB in float32: what one operation wrote, the next one finds in the caches of the cores.
 CHUNK = 1 << 22
+# Elements that cross the link at once, 64 MiB. Each part costs the thread that launches the backward a dozen calls, 0.1 to 0.4 ms: with parts of 4 Mi the
+# backward of a large model took half as long again on an H200.
+PART = 1 << 24
 ALIGN = 16  # elements: a cache line of float32
 RUN = 1 << 15  # elements whose norm one core takes
 
@@ -69,12 +71,14 @@ class Piece:
 
     parameter: int
     at: slice  # in each tensor of the part
+    of: slice  # in the parameter, flat
     target: Tensor  # what passes read
+    norm: int  # where the norm of its gradient goes
 
 
 @dataclass(frozen=True)
 class Part:
-    """Up to `CHUNK` elements of one parameter group, updated at once. Its tensors are flat and float32."""
+    """Up to `PART` elements of one parameter group, moved and updated at once. Its tensors are flat and float32; between pieces they are zero."""
 
     group: int
     pieces: Sequence[Piece]
@@ -86,6 +90,22 @@ class Part:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.master, self.grad, self.first, self.second
+
+    def cut(self, size: int) -> Iterator[Part]:
+        """The same in parts of up to `size` elements."""
+        for begin in range(0, len(self.master), size):
+            end = min(begin + size, len(self.master))
+            pieces = []
+            for piece in self.pieces:
+                start, stop = max(piece.at.start, begin), min(piece.at.stop, end)
+                if start < stop:
+                    inside, first = slice(start - piece.at.start, stop - piece.at.start), piece.of.start
+                    of = slice(first + inside.start, first + inside.stop)
+                    pieces.append(Piece(piece.parameter, slice(start - begin, stop - begin), of, piece.target[inside], piece.norm))
+            yield Part(self.group, pieces, *(tensor[begin:end] for tensor in self.tensors))
+
+
+Coming = tuple[Part, Sequence[tuple[Piece, Tensor]]]  # pieces of a part, and their flat gradients on the device
 
 
 def adamw(part: Part, steps: Tensor, options: dict[str, Any], factor: float) -> None:
@@ -119,8 +139,8 @@ Tick = torch.cuda.Event | float
 
 
 class Link(ABC):
-    """The way between host and device. `add` and `settle` are called by one thread at a time, and so are `begin`, `to_device`, `sent` and `update`; `add` and
-    `finish` by none while another is in `update`."""
+    """The way between host and device. Three threads may use it: one for `add` and `settle`, one for `begin`, `to_device` and `sent`, one for `update` and
+    `updated`; `begin_update`, `add` and `finish` are called while nothing is being updated."""
 
     share = 0.0  # of the elements that `update` takes, where host and device update side by side
 
@@ -144,9 +164,9 @@ class Link(ABC):
         """Seconds from one tick to another; the device must have passed both."""
 
     @abstractmethod
-    def add(self, grad: Tensor, total: Tensor, norms: Tensor, again: bool) -> None:
-        """A flat gradient on the device into its sum, of an arena: added to it with `again`, else put in its place. norms, float32 on the device, one for
-        each `CHUNK` elements: of the sum, afterwards."""
+    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int]) -> None:
+        """Gradients on the device into their sums, of arenas: added where the parameter is in `received`, else put in their place. norms, float32 on the
+        device: those of a part's pieces are written anew, such that all of them together have the norm of the sums of all that has been received."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -166,15 +186,17 @@ class Link(ABC):
         """A mark behind all copies of `to_device`."""
 
     @abstractmethod
-    def update(
-        self, parts: Sequence[Part], steps: Tensor, options: Sequence[dict[str, Any]], factor: float, ready: torch.cuda.Event | None
-    ) -> torch.cuda.Event | None:
-        """`adamw` on the device for parts in arenas, and their targets written, which are the device's, once it has passed `ready`. Returns at once, with a
-        mark behind the last target; the parts and `steps`, of an arena, are left alone until `finish`, or a `settle` after a later `add`.
+    def begin_update(self, steps: Tensor, ready: torch.cuda.Event | None) -> None:
+        """What `update` does from now on waits for `ready`, and reads `steps`, of an arena."""
 
-        Args:
-            options: by a part's group, as `adamw` takes them.
-        """
+    @abstractmethod
+    def update(self, part: Part, options: dict[str, Any], factor: float) -> None:
+        """`adamw` on the device for a part in arenas, and its targets written, which are the device's. Waits until there is room for the part, not for its
+        update; part and steps are left alone until `finish`, or a `settle` after a later `add`."""
+
+    @abstractmethod
+    def updated(self) -> torch.cuda.Event | None:
+        """A mark behind all targets of `update`."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -209,13 +231,15 @@ class SameMemory(Link):
         assert isinstance(start, float) and isinstance(end, float)
         return end - start
 
-    def add(self, grad: Tensor, total: Tensor, norms: Tensor, again: bool) -> None:
-        for number, (part, into) in enumerate(zip(grad.split(CHUNK), total.split(CHUNK), strict=True)):
-            if again:
-                into += part
-            else:
-                into.copy_(part)
-            norms[number] = _norm(into)
+    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int]) -> None:
+        for part, pieces in coming:
+            for piece, grad in pieces:
+                into = part.grad[piece.at]
+                if piece.parameter in received:
+                    into += grad
+                else:
+                    into.copy_(grad)
+                norms[piece.norm] = _norm(into)
 
     def settle(self) -> None:
         pass
@@ -230,8 +254,14 @@ class SameMemory(Link):
     def sent(self) -> None:
         return None
 
-    def update(self, parts: Sequence[Part], steps: Tensor, options: Sequence[dict[str, Any]], factor: float, ready: torch.cuda.Event | None) -> None:
-        assert not parts, "without a device all parts are the host's"
+    def begin_update(self, steps: Tensor, ready: torch.cuda.Event | None) -> None:
+        assert ready is None
+
+    def update(self, part: Part, options: dict[str, Any], factor: float) -> None:
+        raise AssertionError("without a device all parts are the host's")
+
+    def updated(self) -> None:
+        return None
 
     def finish(self) -> None:
         pass

@@ -4,12 +4,12 @@
     matrices        bf16, what autocast would make of them    float32 master, two moments, sum of gradients: 16 bytes
     all others      float32                                   the same
 
-**Gradients** are added up in float32 as each pass makes them: their sums pass through the GPU (`memory/cuda_link.py`), so it holds only those under way,
-and the host's cores stay with the pass. **Clipping** takes the norm of the whole sums. **The update** goes from the first layer to the last, and each layer's
-parts are divided: the host updates its own with fused AdamW and sends them to the GPU, which rounds; the others go to the GPU, are updated there and come
-back. Which is whose the model alone decides (`_divide`). The next forward waits for each layer when it comes to it (`Transformer.ready`), and the host for
-what comes back where it reads it (`finish`). The update is a queue with one thread, hence its order: no lock is needed, and a failure in it is raised
-where its result is asked for.
+**Gradients** are added up in float32, a layer's as soon as a pass has made them: their sums pass through the GPU (`memory/cuda_link.py`), so it holds only
+those under way, and the host's cores stay with the pass. **Clipping** takes the norm of the whole sums. **The update** goes from the first layer to the last,
+and each layer's parts are divided: the host updates its own with fused AdamW and sends them to the GPU, which rounds; the others go to the GPU, are updated
+there and come back. Which is whose the model alone decides (`_divide`). The next forward waits for each layer when it comes to it (`Transformer.ready`), and
+the host for what comes back where it reads it (`finish`). The update is two queues with a thread each, hence its order: no lock is needed, and a failure in it
+is raised where its result is asked for.
 (ZeRO-Offload, arXiv 2101.06840, keeps the same in host memory; there the update of one step may overlap the next at the price of stale weights, here never.)
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,19 +27,21 @@ from torch import Tensor, nn
 
 from nsa_transformer.memory.cuda_link import link_to
 from nsa_transformer.memory.expert_streaming import host_weights
-from nsa_transformer.memory.host import ALIGN, CHUNK, Part, Piece, adamw, check_host_memory, norm_of_parts
+from nsa_transformer.memory.host import ALIGN, CHUNK, PART, Part, Piece, adamw, check_host_memory, norm_of_parts
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.utils.hardware import GIB
 
 HOST_BYTES = 16  # of a parameter: master, two moments, sum of gradients
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Stage:
     """What is updated before a pass reads a part of the model."""
 
-    on_device: list[Part]
-    on_host: list[Part]
+    parameters: frozenset[int]
+    parts: list[Part]
+    on_device: list[Part]  # of the parts
+    on_host: list[Part]  # all others, cut to `CHUNK`
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,26 @@ class OffloadedAdamW(torch.optim.Optimizer):
             starts[parameter] = total
             total += math.ceil(parameter.numel() / ALIGN) * ALIGN
         self._link = link_to(device, total, len(parameters), key)
+        # Two threads: beside the host's updates, what the device is to do would be launched late.
         self._worker = ThreadPoolExecutor(1, "optimizer", initializer=_begin_thread, initargs=(device, threads))
+        self._launcher = ThreadPoolExecutor(1, "optimizer_link", initializer=_begin_thread, initargs=(device, 1))
         arenas = [self._link.arena(total) for _ in range(4)]
         self._masters, self._grads, self._first, self._second = ([flat[starts[p] : starts[p] + p.numel()] for p in parameters] for flat in arenas)
         self._steps = self._link.arena(len(parameters))
-        ends = list(itertools.accumulate(math.ceil(p.numel() / CHUNK) for p in parameters))
-        self._parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]  # of each parameter, in norms
-        self._norms = torch.zeros(ends[-1], device=device)  # of the sums of gradients, a part at a time
-        self._stages = self._divide({module: [self._split(*each, starts, arenas) for each in enumerate(groups)] for module, groups in order.items()})
-        self._updates: dict[nn.Module, Future[tuple[torch.cuda.Event | None, ...]]] = {}
-        self._received: set[int] = set()  # parameters with a gradient in this step
+        norm = itertools.count()
+        self._stages = self._divide(
+            {
+                module: [part for group, members in enumerate(groups) for part in self._split(group, members, starts, arenas, norm)]
+                for module, groups in order.items()
+            }
+        )
+        self._stage_of = {number: stage for stage in self._stages.values() for number in stage.parameters}
+        norms = [(piece.parameter, piece.norm) for stage in self._stages.values() for part in stage.parts for piece in part.pieces]
+        self._norms = torch.zeros(len(norms), device=device)  # of the sums of gradients, by pieces
+        self._norms_of = {number: [at for parameter, at in norms if parameter == number] for number in range(len(parameters))}
+        self._updates: dict[nn.Module, tuple[Future[torch.cuda.Event | None], ...]] = {}
+        self._pending: dict[int, Tensor] = {}  # gradients of a stage, until all of them are there
+        self._received: set[int] = set()  # parameters whose sums have a gradient of this step
         self._factor = 1.0
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._receive) for parameter in parameters]
         model.ready = self.ready
@@ -123,33 +135,35 @@ class OffloadedAdamW(torch.optim.Optimizer):
         group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
         return {module: [[p for p in found if group_of[p] == number] for number in range(len(self.param_groups))] for module, found in stages.items()}
 
-    def _split(self, group: int, parameters: list[nn.Parameter], starts: dict[nn.Parameter, int], arenas: list[Tensor]) -> list[Part]:
+    def _split(self, group: int, parameters: list[nn.Parameter], starts: dict[nn.Parameter, int], arenas: list[Tensor], norm: Iterator[int]) -> list[Part]:
         """Parameters that lie one behind the other."""
         parts: list[tuple[int, list[Piece]]] = []  # where each begins
         for parameter in parameters:
-            start = starts[parameter]
-            for target in self._target(parameter).split(CHUNK):
+            first = start = starts[parameter]
+            for target in self._target(parameter).split(PART):
                 end = start + len(target)
-                if not parts or end - parts[-1][0] > CHUNK:
+                if not parts or end - parts[-1][0] > PART:
                     parts.append((start, []))
                 begin, pieces = parts[-1]
-                pieces.append(Piece(self._index[parameter], slice(start - begin, end - begin), target))
+                pieces.append(Piece(self._index[parameter], slice(start - begin, end - begin), slice(start - first, end - first), target, next(norm)))
                 start = end
         return [Part(group, pieces, *(flat[begin : begin + pieces[-1].at.stop] for flat in arenas)) for begin, pieces in parts]
 
-    def _divide(self, stages: dict[nn.Module, list[list[Part]]]) -> dict[nn.Module, _Stage]:
+    def _divide(self, stages: dict[nn.Module, list[Part]]) -> dict[nn.Module, _Stage]:
         """Between host and device, by the plan alone, such that both come to the end of a stage together. What is streamed stays with the host."""
         streamed = {self._index[parameter] for parameter in self._streamed}
         divided, before, taken = {}, 0, 0  # elements up to here, and the device's of them
-        for module, groups in stages.items():
-            divided[module] = stage = _Stage([], [])
-            for part in itertools.chain.from_iterable(groups):
+        for module, parts in stages.items():
+            on_device: list[Part] = []
+            on_host: list[Part] = []
+            for part in parts:
                 before += len(part.master)
                 if taken < self._link.share * before and streamed.isdisjoint(piece.parameter for piece in part.pieces):
                     taken += len(part.master)
-                    stage.on_device.append(part)
+                    on_device.append(part)
                 else:
-                    stage.on_host.append(part)
+                    on_host += part.cut(CHUNK)
+            divided[module] = _Stage(frozenset(piece.parameter for part in parts for piece in part.pieces), parts, on_device, on_host)
         return divided
 
     def describe(self) -> str:
@@ -187,7 +201,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self.finish()
         self._link.begin(self._link.now())
         for stage in self._stages.values():
-            for part in (*stage.on_device, *stage.on_host):
+            for part in itertools.chain(*(part.cut(CHUNK) for part in stage.parts)):
                 self._link.to_device((part.master[piece.at], piece.target) for piece in part.pieces)
         _wait_for(self._link.sent(), self._device)
 
@@ -201,31 +215,45 @@ class OffloadedAdamW(torch.optim.Optimizer):
     # ---------------------------------------------------------------------------------------------------------- gradients
 
     def _receive(self, parameter: Tensor) -> None:
-        """As a hook, once a backward has a parameter's gradient."""
+        """As a hook, once a backward has a parameter's gradient. A stage's are handed over together, in few parts."""
         grad, parameter.grad = parameter.grad, None
         assert grad is not None and isinstance(parameter, nn.Parameter)
         self._join()  # after a whole forward there is nothing to wait for
         number = self._index[parameter]
-        self._link.add(grad.detach().flatten(), self._grads[number], self._norms[self._parts[number]], number in self._received)
-        self._received.add(number)
+        stage = self._stage_of[number]
+        if number in self._pending or not stage.parameters.issuperset(self._pending):
+            self._hand_over()
+        self._pending[number] = grad.detach().flatten()
+        if len(self._pending) == len(stage.parameters):
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if not self._pending:
+            return
+        grads, self._pending = self._pending, {}
+        stage = self._stage_of[next(iter(grads))]
+        coming = [(part, [(piece, grads[piece.parameter][piece.of]) for piece in part.pieces if piece.parameter in grads]) for part in stage.parts]
+        self._link.add([each for each in coming if each[1]], self._norms, self._received)
+        self._received |= grads.keys()
 
     def clip(self, max_norm: float) -> Tensor:
         """The global norm of the gradients, float32 on the CPU; `step` scales them down to `max_norm` as `torch.nn.utils.clip_grad_norm_` would."""
+        self._hand_over()
         with self._link.standing_still():
             self._link.settle()
         norms = self._norms.cpu()
-        found = norms[[parts.start for parts in self._parts]]
-        for number, parts in enumerate(self._parts):
-            if parts.stop - parts.start > 1:
-                found[number] = norm_of_parts(norms[parts])
-        total = torch.linalg.vector_norm(found[sorted(self._received)]) if self._received else torch.zeros(())
+        found = norms[[self._norms_of[number][0] for number in sorted(self._received)]]
+        for place, number in enumerate(sorted(self._received)):
+            if len(self._norms_of[number]) > 1:
+                found[place] = norm_of_parts(norms[self._norms_of[number]])
+        total = torch.linalg.vector_norm(found) if self._received else torch.zeros(())
         self._factor = float((max_norm / (total + 1e-6)).clamp(max=1.0))
         return total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this step, `step` or not."""
         self._link.settle()
-        self._received, self._factor = set(), 1.0
+        self._pending, self._received, self._factor = {}, set(), 1.0
 
     # ------------------------------------------------------------------------------------------------------------- update
 
@@ -233,6 +261,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Begin the update; it goes on while the next forward waits for each layer as it comes to it."""
         assert closure is None
+        self._hand_over()
         self.finish()
         self._steps[list(self._received)] += 1
         for parameter, number in self._index.items():
@@ -240,32 +269,30 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 self.host_state(parameter)
         options = [{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} for group in self.param_groups]
         update = _Update(options, frozenset(self._received), self._factor, self._link.now())
-        stages = list(self._stages.items())
-        launched = self._worker.submit(self._launch, stages[0][1], update)
-        for (module, stage), following in zip(stages, [*stages[1:], None], strict=True):
-            # The device has its parts of the next stage before the host begins with this one's, and is not idle where the host is the slower.
-            ahead = self._worker.submit(self._launch, following[1], update) if following is not None else launched
-            self._updates[module] = self._worker.submit(self._update, stage, update, launched)
-            launched = ahead
+        self._link.begin_update(self._steps, update.ready)
+        for module, stage in self._stages.items():
+            on_device = self._launcher.submit(self._launch, update.of(stage.on_device), update)
+            self._updates[module] = on_device, self._worker.submit(self._update, update.of(stage.on_host), update)
 
-    def _launch(self, stage: _Stage, update: _Update) -> torch.cuda.Event | None:
-        return self._link.update(update.of(stage.on_device), self._steps, update.options, update.factor, update.ready)
+    def _launch(self, parts: list[Part], update: _Update) -> torch.cuda.Event | None:
+        for part in parts:
+            self._link.update(part, update.options[part.group], update.factor)
+        return self._link.updated()
 
-    def _update(self, stage: _Stage, update: _Update, launched: Future[torch.cuda.Event | None]) -> tuple[torch.cuda.Event | None, torch.cuda.Event | None]:
-        on_device = launched.result()  # which came before this in the queue
+    def _update(self, parts: list[Part], update: _Update) -> torch.cuda.Event | None:
         self._link.begin(update.ready)
-        for part in update.of(stage.on_host):
+        for part in parts:
             adamw(part, self._steps, update.options[part.group], update.factor)
             self._link.to_device((part.master[piece.at], piece.target) for piece in part.pieces)
-        return on_device, self._link.sent()
+        return self._link.sent()
 
     def ready(self, module: nn.Module) -> None:
         """Before a pass reads the weights of a part of the model: wait for what is still being done to them."""
-        update = self._updates.pop(module, None)
-        if update is not None:
+        updates = self._updates.pop(module, ())
+        if updates:
             with self._link.standing_still():
-                for event in update.result():
-                    _wait_for(event, self._device)
+                for update in updates:
+                    _wait_for(update.result(), self._device)
 
     def waited(self) -> float:
         """Seconds that the device has stood still for gradients to be added up and weights to be updated, since this was last asked; it must have
@@ -284,7 +311,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def close(self) -> None:
         """End the thread after what it is doing now; what waits behind that is given up. The model is a plain one again."""
-        self._worker.shutdown(cancel_futures=True)
+        for thread in (self._launcher, self._worker):
+            thread.shutdown(cancel_futures=True)
         self._updates.clear()
         for hook in self._hooks:
             hook.remove()

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa_transformer.memory import cuda_link, host, optimizer_offload
+from nsa_transformer.memory import cuda_link, optimizer_offload
 
 
 class Event:
-    def __init__(self, enable_timing: bool = False) -> None:
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.enable_timing = enable_timing
         self.records = 0
 
@@ -35,7 +35,7 @@ class Event:
 
 
 class Stream:
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.waits = 0
 
     def wait_event(self, event: Event) -> None:
@@ -70,8 +70,8 @@ class Lagging:
         self._streams.clear()
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: _Mark(self))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: _Queue(self))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False, blocking=False: _Mark(self))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None, priority=0: _Queue(self))
         monkeypatch.setattr(torch.cuda, "stream", self._beside)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
 
@@ -148,10 +148,12 @@ class _Later(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def small_parts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Move and compute so many elements at once, such that small tensors have many parts."""
-    for module in (host, cuda_link, optimizer_offload):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+def small_parts(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Move so many elements at once, and compute half as many, such that small tensors have many parts."""
+    monkeypatch.setattr(cuda_link, "PART", size)
+    monkeypatch.setattr(optimizer_offload, "PART", size)
+    monkeypatch.setattr(cuda_link, "CHUNK", max(1, size // 2))
+    monkeypatch.setattr(optimizer_offload, "CHUNK", max(1, size // 2))
 
 
 def take_workspaces(device: torch.device) -> None:
