@@ -146,8 +146,8 @@ class ExpertOffloadingConfig:
 @dataclass(frozen=True)
 class OptimizerOffloadingConfig:
     enabled: bool = doc(
-        "Keep float32 weights, AdamW's moments and the sums of gradients in host memory and update them on the CPU, while the GPU goes on; it holds the "
-        "weights in the dtype that passes compute in. One process.",
+        "Keep float32 weights, AdamW's moments and the sums of gradients in host memory, page-locked; the CPU and the GPU update them together, while the next "
+        "pass goes on with the layers that are done. The GPU holds the weights in the dtype that passes compute in. One process.",
         False,
     )
 

@@ -6,9 +6,10 @@ import mmap
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from torch import Tensor
 from nsa_transformer.config import ConfigError
 from nsa_transformer.utils.hardware import GIB, memory_bytes
 
-# Elements that are moved and computed at once: 16 MiB in float32. What one operation wrote, the next one finds in the caches of the cores, and a few hundred
-# such parts of a large model cost little to start.
+# Elements that the host computes at once, 16 MiB in float32: what one operation wrote, the next one finds in the caches of the cores.
 CHUNK = 1 << 22
+# Elements that cross the link at once, 64 MiB. Each part costs the thread that launches the backward a dozen calls, 0.1 to 0.4 ms: with parts of 4 Mi the
+# backward of a large model took half as long again on an H200.
+PART = 1 << 24
 ALIGN = 16  # elements: a cache line of float32
 RUN = 1 << 15  # elements whose norm one core takes
-IN_FLIGHT = 512 << 20  # bytes of gradients that may wait on the device to be added up; past that the backward waits
 
 
 def host_zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,11 +65,84 @@ def check_host_memory(wanted: int, what: str) -> None:
         raise ConfigError(f"{what} takes {wanted / GIB:.1f} GiB of host memory and this machine has {total / GIB:.1f}; write a smaller model, or leave it off")
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a part has of one parameter."""
+
+    parameter: int
+    at: slice  # in each tensor of the part
+    of: slice  # in the parameter, flat
+    target: Tensor  # what passes read
+    norm: int  # where the norm of its gradient goes
+
+
+@dataclass(frozen=True)
+class Part:
+    """Up to `PART` elements of one parameter group, moved and updated at once. Its tensors are flat and float32; between pieces they are zero."""
+
+    group: int
+    pieces: Sequence[Piece]
+    master: Tensor
+    grad: Tensor  # a sum, of no use once it has been updated with
+    first: Tensor
+    second: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.master, self.grad, self.first, self.second
+
+    def cut(self, size: int) -> Iterator[Part]:
+        """The same in parts of up to `size` elements."""
+        for begin in range(0, len(self.master), size):
+            end = min(begin + size, len(self.master))
+            pieces = []
+            for piece in self.pieces:
+                start, stop = max(piece.at.start, begin), min(piece.at.stop, end)
+                if start < stop:
+                    inside, first = slice(start - piece.at.start, stop - piece.at.start), piece.of.start
+                    of = slice(first + inside.start, first + inside.stop)
+                    pieces.append(Piece(piece.parameter, slice(start - begin, stop - begin), of, piece.target[inside], piece.norm))
+            yield Part(self.group, pieces, *(tensor[begin:end] for tensor in self.tensors))
+
+
+Coming = tuple[Part, Sequence[tuple[Piece, Tensor]]]  # pieces of a part, and their flat gradients on the device
+
+
+def adamw(part: Part, steps: Tensor, options: dict[str, Any], factor: float) -> None:
+    """torch's fused AdamW on the pieces of a part, wherever its tensors are, with gradients scaled by `factor` where that is below 1.
+
+    Args:
+        steps: float32, of each parameter the number of updates with this one, beside the part's tensors.
+        options: lr, betas, eps and weight_decay.
+    """
+    if factor < 1:  # the sums themselves: `grad_scale` would divide, which rounds otherwise than torch's clipping
+        part.grad.mul_(factor)
+    masters, grads, first, second = ([tensor[piece.at] for piece in part.pieces] for tensor in part.tensors)
+    torch._fused_adamw_(
+        masters,
+        grads,
+        first,
+        second,
+        [],
+        [steps[piece.parameter] for piece in part.pieces],
+        lr=options["lr"],
+        beta1=options["betas"][0],
+        beta2=options["betas"][1],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
 Tick = torch.cuda.Event | float
 
 
 class Link(ABC):
-    """The way between host and device. `add` and `settle` are called by one thread at a time, and so are `begin`, `to_device` and `sent`."""
+    """The way between host and device. Three threads may use it: one for `add` and `settle`, one for `begin`, `to_device` and `sent`, one for `update` and
+    `updated`; `begin_update`, `add` and `finish` are called while nothing is being updated."""
+
+    share = 0.0  # of the elements that `update` takes, where host and device update side by side
 
     def __init__(self) -> None:
         self._waits: list[tuple[Tick, Tick]] = []
@@ -89,9 +164,9 @@ class Link(ABC):
         """Seconds from one tick to another; the device must have passed both."""
 
     @abstractmethod
-    def add(self, grad: Tensor, total: Tensor, norms: Tensor, again: bool) -> None:
-        """A flat gradient on the device into its sum, of an arena: added to it with `again`, else put in its place. norms, float32 on the device, one for
-        each `CHUNK` elements: of the sum, afterwards."""
+    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int]) -> None:
+        """Gradients on the device into their sums, of arenas: added where the parameter is in `received`, else put in their place. norms, float32 on the
+        device: those of a part's pieces are written anew, such that all of them together have the norm of the sums of all that has been received."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -109,6 +184,23 @@ class Link(ABC):
     @abstractmethod
     def sent(self) -> torch.cuda.Event | None:
         """A mark behind all copies of `to_device`."""
+
+    @abstractmethod
+    def begin_update(self, steps: Tensor, ready: torch.cuda.Event | None) -> None:
+        """What `update` does from now on waits for `ready`, and reads `steps`, of an arena."""
+
+    @abstractmethod
+    def update(self, part: Part, options: dict[str, Any], factor: float) -> None:
+        """`adamw` on the device for a part in arenas, and its targets written, which are the device's. Waits until there is room for the part, not for its
+        update; part and steps are left alone until `finish`, or a `settle` after a later `add`."""
+
+    @abstractmethod
+    def updated(self) -> torch.cuda.Event | None:
+        """A mark behind all targets of `update`."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Until nothing in an arena is still being read or written for `to_device`, `update` or `add`."""
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
@@ -139,13 +231,15 @@ class SameMemory(Link):
         assert isinstance(start, float) and isinstance(end, float)
         return end - start
 
-    def add(self, grad: Tensor, total: Tensor, norms: Tensor, again: bool) -> None:
-        for number, (part, into) in enumerate(zip(grad.split(CHUNK), total.split(CHUNK), strict=True)):
-            if again:
-                into += part
-            else:
-                into.copy_(part)
-            norms[number] = _norm(into)
+    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int]) -> None:
+        for part, pieces in coming:
+            for piece, grad in pieces:
+                into = part.grad[piece.at]
+                if piece.parameter in received:
+                    into += grad
+                else:
+                    into.copy_(grad)
+                norms[piece.norm] = _norm(into)
 
     def settle(self) -> None:
         pass
@@ -160,124 +254,17 @@ class SameMemory(Link):
     def sent(self) -> None:
         return None
 
+    def begin_update(self, steps: Tensor, ready: torch.cuda.Event | None) -> None:
+        assert ready is None
 
-class CudaLink(Link):
-    """Sums are added up on the GPU: one comes from host memory, `CHUNK` elements at a time, has the gradient added and its norm taken, and goes back, on
-    three streams beside the backward. The host has nothing to do with it, and the two directions of the link carry 4 bytes a parameter each.
+    def update(self, part: Part, options: dict[str, Any], factor: float) -> None:
+        raise AssertionError("without a device all parts are the host's")
 
-    Args:
-        device: the GPU.
-        room: elements of the largest tensor that crosses.
-        key: what to set to false where the system does not let so much memory be page-locked.
-    """
+    def updated(self) -> None:
+        return None
 
-    def __init__(self, device: torch.device, room: int, key: str) -> None:
-        super().__init__()
-        self._key = key
-        self._up, self._sum, self._down = (torch.cuda.Stream(device) for _ in range(3))
-        room = min(CHUNK, room)
-        self._rooms = [_Room(torch.empty(room, device=device)) for _ in range(4)]
-        self.device = self._rooms[0].values.device  # with its number
-        self._wide = torch.empty(room, device=device)  # what goes to the device, before it is rounded
-        self._turn = 0
-        self._left: dict[int, torch.cuda.Event] = {}  # of each sum: the event behind its way back to the host
-        self._held: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # gradients, and the event behind their last reading
-
-    def arena(self, count: int) -> Tensor:
-        flat = host_zeros(count)
-        page_lock(flat, self, self.device, self._key)
-        return flat
-
-    def now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def tick(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def between(self, start: Tick, end: Tick) -> float:
-        assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1e3
-
-    def add(self, grad: Tensor, total: Tensor, norms: Tensor, again: bool) -> None:
-        self._sum.wait_event(self.now())
-        if again:
-            self._up.wait_event(self._left[total.data_ptr()])
-        for number, (part, into) in enumerate(zip(grad.split(CHUNK), total.split(CHUNK), strict=True)):
-            room = self._rooms[self._turn % len(self._rooms)]
-            self._turn += 1
-            values = room.values[: len(part)]
-            if again:
-                room.wait_until_left(self._up)
-                with torch.cuda.stream(self._up):
-                    values.copy_(into, non_blocking=True)
-                room.came.record(self._up)
-                self._sum.wait_event(room.came)
-            else:
-                room.wait_until_left(self._sum)
-            with torch.cuda.stream(self._sum):
-                if again:
-                    values += part
-                else:
-                    values.copy_(part)
-                torch.linalg.vector_norm(values, out=norms[number])
-            room.added.record(self._sum)
-            self._down.wait_event(room.added)
-            with torch.cuda.stream(self._down):
-                into.copy_(values, non_blocking=True)
-            room.left.record(self._down)
-        self._left.setdefault(total.data_ptr(), torch.cuda.Event()).record(self._down)
-        read = torch.cuda.Event()
-        read.record(self._sum)
-        self._held.append((grad, read))
-        # Memory that another stream reads is free for use once the stream that it belongs to has waited for that; the host need not.
-        if len(self._held) > 1 and sum(grad.nbytes for grad, _ in self._held) > IN_FLIGHT:
-            with self.standing_still():
-                while len(self._held) > 1 and sum(grad.nbytes for grad, _ in self._held) > IN_FLIGHT:
-                    torch.cuda.current_stream(self.device).wait_event(self._held.popleft()[1])
-
-    def settle(self) -> None:
-        last = torch.cuda.Event()
-        last.record(self._down)
-        last.synchronize()
-        self._held.clear()
-
-    def begin(self, ready: torch.cuda.Event | None) -> None:
-        assert ready is not None
-        self._up.wait_event(ready)
-
-    def to_device(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        for source, target in pairs:
-            if target.device != self.device:  # what is streamed stays with the host
-                target.copy_(source)
-            else:
-                with torch.cuda.stream(self._up):
-                    if target.dtype == source.dtype:
-                        target.copy_(source, non_blocking=True)
-                    else:
-                        target.copy_(self._wide[: len(source)].copy_(source, non_blocking=True))
-
-    def sent(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(self._up)
-        return event
-
-
-class _Room:
-    """Device memory that a part of a sum passes through, and how far it has come."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self.came, self.added, self.left = torch.cuda.Event(), torch.cuda.Event(), torch.cuda.Event()
-        self._used = False
-
-    def wait_until_left(self, stream: torch.cuda.Stream) -> None:
-        if self._used:
-            stream.wait_event(self.left)
-        self._used = True
+    def finish(self) -> None:
+        pass
 
 
 def norm_of_parts(norms: Tensor) -> Tensor:
@@ -292,8 +279,3 @@ def _norm(x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x)
     rows = torch.linalg.vector_norm(x[:whole].view(-1, RUN), dim=1)
     return norm_of_parts(rows if whole == len(x) else torch.cat([rows, torch.linalg.vector_norm(x[whole:]).view(1)]))
-
-
-def link_to(device: torch.device, room: int, key: str) -> Link:
-    """As `CudaLink` takes them."""
-    return CudaLink(device, room, key) if device.type == "cuda" else SameMemory()

@@ -50,8 +50,8 @@ class Meter:
         self._operations += self._flops.of_documents(pack.document_lengths)
 
     def step_done(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type == "cuda":  # the stream and not the device: an offloaded optimizer's update goes on beside the next forward
+            torch.cuda.current_stream(self._device).synchronize()
         self.last_step_seconds = self._clock() - self._began
         self._seconds += self.last_step_seconds
         if self._update_waited is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class Trainer:
         self.doing = "starting"  # for messages about memory and files
         self.began = False  # before the first step a problem is one of the settings
         self.evaluation: Evaluation | None = None  # the newest
+        self._loaded: tuple[int, list[Pack], Pack] | None = None  # of the step that begins with this pack: its packs, and the first pass's on the device
         self.saved: Path | None = None  # the newest checkpoint, saved or continued
 
     def train(self) -> int:
@@ -142,7 +144,7 @@ class Trainer:
         """
         config = self.config.training
         self.doing = "making a training step"
-        packs = self._packs_of_step(world)
+        packs, first = self._packs_of_step(world)
         meter.data_ready()
         # Every token of the step weighs the same, whatever pack, pass or rank it is in.
         num_targets = max(int(world.sum(torch.stack([(p.targets != IGNORE).sum() for p in packs]).sum())), 1)
@@ -153,13 +155,15 @@ class Trainer:
                 return None
             pack = merge_packs(packs[start : start + config.micro_batch_size])
             meter.count(pack)
-            pack = pack.to(world.device)
+            pack = pack.to(world.device) if start else first
             with self._autocast():
                 out = self.model(pack.tokens, pack.cu_seqlens, targets=pack.targets, valid=pack.valid, loss_chunk_size=config.loss_chunk_size)
             assert isinstance(out, LossOutput)
             # FSDP2 averages gradients over ranks where a sum is wanted.
             (load.add(out) * (world.size / num_targets)).backward()
             loss += out.loss.detach()
+        if self.progress.step + 1 < config.max_steps:
+            self._load(self.progress.next_pack + config.batch_size, world)
         return loss, load.total(), num_targets
 
     def _update(self, loss: Tensor, load: Tensor, num_targets: int, world: World, meter: Meter) -> dict[str, Any] | None:
@@ -171,7 +175,10 @@ class Trainer:
         loss = world.sum(loss) / num_targets
         grad_norm = clip(self.model, self.optimizer, config.max_grad_norm, world)
 
-        finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        # Read before the update: what crosses the link beside that of an offloaded optimizer waits for its end.
+        values = {"loss": loss.item(), "lr": rate, "grad_norm": grad_norm.item()}
+        statistics = load_statistics(load) if load.numel() else {}
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         if finite:
             self.optimizer.step()
             self.model.update_router_bias(load)
@@ -181,13 +188,10 @@ class Trainer:
         progress.next_pack += config.batch_size
         meter.step_done()
         if not finite:
-            self._skip(float(loss), float(grad_norm))
+            self._skip(values["loss"], values["grad_norm"])
             return None
         progress.bad_steps = 0
-        row = {"step": progress.step, "tokens": progress.tokens, "loss": loss.item(), "lr": rate, "grad_norm": grad_norm.item()}
-        if load.numel():
-            row |= load_statistics(load)
-        return row
+        return {"step": progress.step, "tokens": progress.tokens, **values, **statistics}
 
     def _skip(self, loss: float, grad_norm: float) -> None:
         self.progress.bad_steps += 1
@@ -199,10 +203,22 @@ class Trainer:
             )
         self.console.warning(f"{what}; this update was skipped")
 
-    def _packs_of_step(self, world: World) -> list[Pack]:
+    def _packs_of_step(self, world: World) -> tuple[list[Pack], Pack]:
+        """The packs of this rank, and those of the first pass on the device."""
+        if self._loaded is None or self._loaded[0] != self.progress.next_pack:
+            self._load(self.progress.next_pack, world)
+        assert self._loaded is not None
+        _, packs, first = self._loaded
+        self._loaded = None
+        return packs, first
+
+    def _load(self, next_pack: int, world: World) -> None:
+        """The packs of a step, while the passes of the one before are computed. The first ones have to be on the device before an offloaded optimizer fills
+        the link: a copy after that came when the whole update was over."""
         config = self.config.training
-        numbers = packs_of_step(self.progress.next_pack, config.batch_size, config.micro_batch_size, world.rank, world.size)
-        return [self.data.train.pack(number) for number in numbers]
+        numbers = packs_of_step(next_pack, config.batch_size, config.micro_batch_size, world.rank, world.size)
+        packs = [self.data.train.pack(number) for number in numbers]
+        self._loaded = next_pack, packs, merge_packs(packs[: config.micro_batch_size]).to(world.device)
 
     def _evaluate(self) -> Evaluation:
         self.doing = "validating"

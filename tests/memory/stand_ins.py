@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa_transformer.memory import cuda_link, optimizer_offload
+
 
 class Event:
-    def __init__(self, enable_timing: bool = False) -> None:
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.enable_timing = enable_timing
         self.records = 0
 
@@ -33,12 +35,15 @@ class Event:
 
 
 class Stream:
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.waits = 0
 
     def wait_event(self, event: Event) -> None:
         assert isinstance(event, Event) and event.records
         self.waits += 1
+
+    def synchronize(self) -> None:
+        pass
 
 
 def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +70,8 @@ class Lagging:
         self._streams.clear()
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: _Mark(self))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: _Queue(self))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False, blocking=False: _Mark(self))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None, priority=0: _Queue(self))
         monkeypatch.setattr(torch.cuda, "stream", self._beside)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
 
@@ -105,6 +110,9 @@ class _Queue:
         if event.place is not None:  # an event that was never recorded is not waited for
             self.lagging.push(self, lambda place=event.place: self.lagging.pass_(*place))
 
+    def synchronize(self) -> None:
+        self.lagging.pass_(self, self.done + len(self.waiting))
+
 
 class _Mark:
     """An event; waiting for it means the last `record` before."""
@@ -135,9 +143,17 @@ class _Later(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             self.stream.lagging.push(self.stream, lambda: func(*args, **kwargs))
-            return kwargs.get("out", args[0])
+            return kwargs.get("out", args[0]) if func._schema.returns else None
         assert all(each.alias_info for each in func._schema.returns), f"{func} makes memory of its own on a stream"
         return func(*args, **kwargs)
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Move so many elements at once, and compute half as many, such that small tensors have many parts."""
+    monkeypatch.setattr(cuda_link, "PART", size)
+    monkeypatch.setattr(optimizer_offload, "PART", size)
+    monkeypatch.setattr(cuda_link, "CHUNK", max(1, size // 2))
+    monkeypatch.setattr(optimizer_offload, "CHUNK", max(1, size // 2))
 
 
 def take_workspaces(device: torch.device) -> None:

@@ -11,7 +11,7 @@ import torch
 from nsa_transformer.config import ConfigError
 from nsa_transformer.distributed.parallelize import build_model
 from nsa_transformer.distributed.world import World
-from nsa_transformer.memory import expert_streaming, host, optimizer_offload
+from nsa_transformer.memory import expert_streaming, optimizer_offload
 from nsa_transformer.memory.expert_streaming import StreamedExperts, host_weights
 from nsa_transformer.memory.optimizer_offload import OffloadedAdamW
 from nsa_transformer.models.transformer import mixtures
@@ -19,7 +19,7 @@ from nsa_transformer.training.optimizer import build_optimizer
 from nsa_transformer.training.trainer import Trainer
 
 from ..runs import QUIET, final_files, small_config, steady_rows, write_corpus
-from .stand_ins import stand_in_for_cuda, take_workspaces
+from .stand_ins import small_parts, stand_in_for_cuda, take_workspaces
 
 ON = "memory.expert_offloading.enabled=true"
 SETTINGS = (*QUIET, "model.num_layers=5", "training.batch_size=4", "training.micro_batch_size=2", "training.max_grad_norm=0.5", "training.max_steps=4")
@@ -107,7 +107,7 @@ def test_parameters_have_shape_and_no_memory(work: Path, precision: str) -> None
 def test_what_cannot_be_page_locked_is_left_off_by_its_own_key(work: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     named: list[str] = []
     link_to = optimizer_offload.link_to
-    monkeypatch.setattr(optimizer_offload, "link_to", lambda device, room, key: named.append(key) or link_to(device, room, key))
+    monkeypatch.setattr(optimizer_offload, "link_to", lambda *given: named.append(given[-1]) or link_to(*given))
     config = small_config(work, *SETTINGS, f"{key}=true")
     optimizer = build_optimizer(build_model(config, CPU), config.training, CPU.device)
     assert isinstance(optimizer, OffloadedAdamW) and named == [key]
@@ -185,8 +185,7 @@ def test_a_run_on_a_gpu_is_the_same(work: Path, settings: tuple[str, ...], pin: 
 
 @pytest.mark.gpu
 def test_bytes_measured_on_a_gpu(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (host, optimizer_offload):  # parts of sums that pass through the GPU
-        monkeypatch.setattr(module, "CHUNK", 1 << 16)
+    small_parts(monkeypatch, 1 << 15)
     device = torch.device("cuda", torch.cuda.current_device())
     wide = ("model.hidden_size=256", "model.num_layers=9", "model.moe.num_experts=16", "model.moe.expert_size=256", "training.precision=bf16")
     config = small_config(work, *SETTINGS, ON, *wide)
