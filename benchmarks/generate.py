@@ -51,7 +51,8 @@ PATIENCE = 15.0  # seconds for one way, after which nothing is timed once more
 CHECKED = 3000  # tokens of the check, of which the last CHECKED_STEPS are decoded
 CHECKED_STEPS = 80  # with a threshold of 512, a block of 64 is rounded in them
 CLOSE = {"none": 0.02, "fp8": 0.1}  # relative error of logits that passes, or three times that of a prefill in two chunks
-SAME = 1e-3  # the same for replayed steps beside the model called directly
+# The same for replayed steps beside the model called directly, where a prefill in two chunks is not further away: a library may choose another kernel there.
+SAME = 1e-3
 GIB = 2**30
 
 
@@ -140,7 +141,7 @@ def check(model: Transformer, settings: KVCacheConfig, device: torch.device, len
         direct.append(model.decode(token, caches[1])[0])
     far = relative_error(torch.stack(replayed), whole)
     apart = relative_error(torch.stack(replayed), torch.stack(direct))
-    passed = far <= max(CLOSE[settings.quantization], 3 * two) and apart <= SAME
+    passed = far <= max(CLOSE[settings.quantization], 3 * two) and apart <= max(SAME, two)
     return passed, f"{far:.4f} from one prefill (two chunks: {two:.4f}), {apart:.1e} replayed from direct"
 
 
