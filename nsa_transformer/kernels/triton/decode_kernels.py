@@ -37,6 +37,13 @@ def _tile(x, row, inside, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def _lines(x, row, inside, D: tl.constexpr, DP: tl.constexpr):
+    """Rows `row` int64 [L, N] of x, [L, N, DP]; 0 where not inside and past D."""
+    column = tl.arange(0, DP)
+    return tl.load(x + row[:, :, None] * D + column[None, None, :], mask=inside[:, :, None] & (column < D)[None, None, :], other=0.0)
+
+
+@triton.jit
 def _safe(peak):
     """A maximum of scores that exponents can be taken from: 0 where nothing has been seen."""
     return tl.where(peak == float("-inf"), 0.0, peak)
@@ -92,25 +99,25 @@ def _log_sum(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr
 
 
 @triton.jit
-def _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
-    """How much probability falls on each of SIZE blocks from `first` on, summed over the heads: [SIZE]. A block has what its page's keys give it and, as the
-    first of its page, what the last key of the page before spills into it; each relative to the largest score seen when it was computed."""
-    Q: tl.constexpr = 4 if BLOCKS >= 4 else BLOCKS  # neighbours in a page, which share a factor and are loaded at once
-    LINE: tl.constexpr = SIZE // Q
-    row = tl.arange(0, GP * LINE)  # of a head and Q blocks
-    head = row // LINE
-    block = first + row % LINE * Q
+def _importance(log_sum, shares, spills, peaks, pair, first, num_lines, max_lines, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    """How much probability falls on each of SIZE blocks from `first` on, summed over the heads: [SIZE]. A block has what its line's keys give it and, as the
+    first of its line, what the last key of the line before spills into it; each relative to the largest score seen when it was computed."""
+    Q: tl.constexpr = 4 if BLOCKS >= 4 else BLOCKS  # neighbours in a line, which share a factor and are loaded at once
+    RUN: tl.constexpr = SIZE // Q
+    row = tl.arange(0, GP * RUN)  # of a head and Q blocks
+    head = row // RUN
+    block = first + row % RUN * Q
     inner = tl.arange(0, Q)
-    page = block // BLOCKS
-    here = (head < G) & (page < num_pages)
-    behind = (head < G) & (block % BLOCKS == 0) & (page > 0) & (page <= num_pages)
-    at = (pair * G + head) * max_pages + page
-    log_sum = tl.reshape(tl.broadcast_to(log_sum[:, None], [GP, LINE]), [GP * LINE])
+    line = block // BLOCKS
+    here = (head < G) & (line < num_lines)
+    behind = (head < G) & (block % BLOCKS == 0) & (line > 0) & (line <= num_lines)
+    at = (pair * G + head) * max_lines + line
+    log_sum = tl.reshape(tl.broadcast_to(log_sum[:, None], [GP, RUN]), [GP * RUN])
     # exp2(-inf - x) is 0, so what is not there counts nothing.
     own = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf")) - log_sum)
     before = tl.exp2(tl.load(peaks + at - 1, mask=behind, other=float("-inf")) - log_sum)
     spilled = tl.load(spills + at - 1, mask=behind, other=0.0) * before
-    to = (pair * G + head) * max_pages * BLOCKS + block
+    to = (pair * G + head) * max_lines * BLOCKS + block
     share = tl.load(shares + to[:, None] + inner[None, :], mask=here[:, None], other=0.0) * own[:, None]
     return tl.sum(tl.reshape(share + tl.where(inner[None, :] == 0, spilled[:, None], 0.0), [GP, SIZE]), 0)
 
@@ -135,11 +142,14 @@ def _largest(key, NP: tl.constexpr, SIZE: tl.constexpr):
 def decode_scan(
     q, k_cmp, v_cmp, pages, lengths, shares, spills, peaks, part_out, part_peak, part_sum, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, LINE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. Per head and page: peaks, the largest score seen so far; relative to it shares [BLOCKS] of the page's blocks, and what spills
-    into the next page's first."""
-    BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)  # selection blocks of a page
+    """Grid [SPLITS, B * HKV]. A page's keys go to the warps by lines of LINE keys, each with an attention, a largest score and a sum of its own, so that a tile
+    needs no exchange between warps; the lines of a program are merged at its end. Per head and line of a page: peaks, the largest score that its warp has seen
+    so far; relative to it shares [BLOCKS] of the line's blocks, and what spills into the next line's first."""
+    LINES: tl.constexpr = ROWS // LINE
+    BLOCKS: tl.constexpr = LINE // (SELECT // STRIDE)  # selection blocks of a line
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     sequence = pair // HKV
@@ -150,55 +160,66 @@ def decode_scan(
     visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
     num_pages = (visible + ROWS - 1) // ROWS
     queries = _queries(q, pair, G, GP, DK, DKP)
+    queries = tl.broadcast_to(queries[None, :, :], [LINES, GP, DKP])
     head = tl.arange(0, GP)
-    row = tl.arange(0, ROWS)
-    acc = tl.zeros([GP, DVP], tl.float32)
-    peak = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
+    line = tl.arange(0, LINES)
+    row = tl.arange(0, LINE)
+    place = line[:, None] * LINE + row[None, :]  # in the page
+    acc = tl.zeros([LINES, GP, DVP], tl.float32)
+    peak = tl.full([LINES, GP], float("-inf"), tl.float32)
+    total = tl.zeros([LINES, GP], tl.float32)
     # A key spreads its probability over SPREAD runs of STRIDE tokens, RUNS of which make a block; those past its block's end are the next block's.
     RUNS: tl.constexpr = SELECT // STRIDE
     SPREAD: tl.constexpr = BLOCK // STRIDE
-    block = tl.arange(0, 2 * BLOCKS if BLOCKS > 8 else 16)  # of a page, and at BLOCKS the first of the next
+    block = tl.arange(0, 2 * BLOCKS if BLOCKS > 8 else 16)  # of a line, and at BLOCKS the first of the next
     mine = tl.minimum(RUNS - row % RUNS, SPREAD)[:, None]
     behind = block[None, :] - (row // RUNS)[:, None]
     fold = tl.where(behind == 0, mine, tl.where(behind == 1, SPREAD - mine, 0)).to(queries.dtype)
+    fold = tl.broadcast_to(fold[None, :, :], [LINES, LINE, fold.shape[1]])
     table = pages + sequence * max_pages
     # The page of an iteration is loaded in the one before, and the first without the length, so that no tile waits for its address.
     ahead = tl.load(table + split)
     for page in tl.range(split, num_pages, SPLITS, num_stages=STAGES):
-        at = (ahead.to(tl.int64) * HKV + pair % HKV) * ROWS + row
+        at = (ahead.to(tl.int64) * HKV + pair % HKV) * ROWS + place
         ahead = tl.load(table + page + SPLITS, mask=page + SPLITS < num_pages, other=0)
-        inside = page * ROWS + row < visible
-        s = tl.dot(queries, tl.trans(_tile(k_cmp, at, inside, DK, DKP)), input_precision=PRECISION) * scale
-        s = tl.where(inside[None, :], s, float("-inf"))
-        values = _tile(v_cmp, at, inside, DV, DVP)
-        new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: a page of the loop has a visible key
-        p = tl.exp2(s - new_peak[:, None])
-        fade = tl.exp2(peak - new_peak)
+        inside = page * ROWS + place < visible
+        keys = _lines(k_cmp, at, inside, DK, DKP)
+        s = tl.dot(queries, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION) * scale
+        s = tl.where(inside[:, None, :], s, float("-inf"))
+        values = _lines(v_cmp, at, inside, DV, DVP)
+        new_peak = tl.maximum(peak, tl.max(s, 2))
+        shift = _safe(new_peak)  # a page of the loop has a visible key, not each of its lines
+        p = tl.exp2(s - shift[:, :, None])
+        fade = tl.exp2(peak - shift)
         rounded = p.to(values.dtype)
-        acc = add_dot(rounded, values, acc * fade[:, None], PRECISION)
-        total = total * fade + tl.sum(p, 1)
+        acc = add_dot(rounded, values, acc * fade[:, :, None], PRECISION)
+        total = total * fade + tl.sum(p, 2)
         peak = new_peak
         share = tl.dot(rounded, fold, input_precision=PRECISION)
         if PRECISION != "ieee":  # what rounding to 16 bits took away
             share = tl.dot((p - rounded.to(tl.float32)).to(values.dtype), fold, share)
-        to = (pair * G + head) * max_pages + page
-        tl.store(peaks + to, peak, mask=head < G)
-        tl.store(shares + to[:, None] * BLOCKS + block[None, :], share, mask=(head < G)[:, None] & (block < BLOCKS)[None, :])
-        tl.store(spills + to[:, None] + tl.zeros_like(block)[None, :], share, mask=(head < G)[:, None] & (block == BLOCKS)[None, :])
-    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
+        to = ((pair * G + head)[None, :] * max_pages + page) * LINES + line[:, None]
+        there = (line[:, None] >= 0) & (head < G)[None, :]
+        tl.store(peaks + to, peak, mask=there)
+        to = to[:, :, None]
+        tl.store(shares + to * BLOCKS + block[None, None, :], share, mask=there[:, :, None] & (block < BLOCKS)[None, None, :])
+        tl.store(spills + to + tl.zeros_like(block)[None, None, :], share, mask=there[:, :, None] & (block == BLOCKS)[None, None, :])
+    largest = tl.max(peak, 0)
+    weight = tl.exp2(peak - _safe(largest)[None, :])
+    part = pair * SPLITS + split
+    _store_part(tl.sum(acc * weight[:, :, None], 0), largest, tl.sum(total * weight, 0), part_out, part_peak, part_sum, part, G, GP, DV, DVP)
 
 
 @triton.jit(repr=lambda _: "decode_rank", do_not_specialize=["max_pages"])
 def decode_rank(
     shares, spills, peaks, lengths, scan_peak, scan_sum, best, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, STRETCH: tl.constexpr, SIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, LINE: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, STRETCH: tl.constexpr,
+    SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid [stretches, B * HKV]. best int64 [B * HKV, stretches, NP]: of STRETCH blocks the most important that are not forced, as keys, falling, then -1. Of
     equals the first block is the larger key. SIZE blocks are compared at once. Nothing is written for a sequence that has no more than N blocks."""
-    BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)
+    BLOCKS: tl.constexpr = LINE // (SELECT // STRIDE)
     stretch = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     if PDL:
@@ -209,12 +230,12 @@ def decode_rank(
     mine = (length - 1) // SELECT
     if (length > 0) & (mine >= N):
         visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
-        num_pages = (visible + ROWS - 1) // ROWS
+        num_lines = (visible + LINE - 1) // LINE
         log_sum = _log_sum(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
         kept = tl.full([NP], -1, tl.int64)
         for first in range(stretch * STRETCH, tl.minimum((stretch + 1) * STRETCH, mine - LOCAL + 1), SIZE):
             block = first + tl.arange(0, SIZE)
-            value = _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G, GP, SIZE, BLOCKS)
+            value = _importance(log_sum, shares, spills, peaks, pair, first, num_lines, max_pages * (ROWS // LINE), G, GP, SIZE, BLOCKS)
             # Importance is not negative, so its bits rise with it.
             key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
             key = tl.where((block >= INITIAL) & (block <= mine - LOCAL), key, -1)
