@@ -80,10 +80,10 @@ class CudaLink(Link):
         grads = []
         for part, pieces in coming:
             key, total = part.grad.data_ptr(), part.grad
-            again = [piece for piece in part.pieces if piece.parameter in received]
+            again = any(piece.parameter in received for piece in part.pieces)
             room = self._next_rooms(1)[0]
             values = room.values[: len(total)]
-            if again:  # what else is there was left by an earlier step
+            if again:  # the first time of a step has left zeros where it had no gradient
                 self._up.wait_event(self._left[key])
                 room.wait_until_left(self._up)
                 with torch.cuda.stream(self._up):
@@ -93,13 +93,8 @@ class CudaLink(Link):
             else:
                 room.wait_until_left(self._compute)
             with torch.cuda.stream(self._compute):
-                arriving = {piece.parameter for piece, _ in pieces}
                 if not again and sum(len(grad) for _, grad in pieces) < len(total):
                     values.zero_()
-                elif again:
-                    for piece in part.pieces:
-                        if piece.parameter not in received and piece.parameter not in arriving:
-                            values[piece.at].zero_()
                 for piece, grad in pieces:
                     if piece.parameter in received:
                         values[piece.at] += grad

@@ -63,7 +63,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
     """Fused AdamW with the arithmetic of `torch.optim.AdamW(fused=True)` on float32 parameters and gradients.
 
     Every backward of the model hands its gradients over at once: `parameter.grad` stays None. A step is: any number of backwards, `clip`, then `step`
-    or, to leave everything as it was, nothing; then `zero_grad`. `close` ends the thread.
+    or, to leave everything as it was, nothing; then `zero_grad`. `close` ends the threads.
 
     Args:
         model: after `use_compute_dtype`, with memory on `device`; what its parameters hold counts for nothing until `publish`.
@@ -104,7 +104,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._link = link_to(device, total, len(parameters), key)
         # Two threads: beside the host's updates, what the device is to do would be launched late.
         self._worker = ThreadPoolExecutor(1, "optimizer", initializer=_begin_thread, initargs=(device, threads))
-        self._launcher = ThreadPoolExecutor(1, "optimizer_link", initializer=_begin_thread, initargs=(device, 1))
+        self._launcher = ThreadPoolExecutor(1, "optimizer_link", initializer=_begin_thread, initargs=(device, None))
         arenas = [self._link.arena(total) for _ in range(4)]
         self._masters, self._grads, self._first, self._second = ([flat[starts[p] : starts[p] + p.numel()] for p in parameters] for flat in arenas)
         self._steps = self._link.arena(len(parameters))
@@ -124,6 +124,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._received: set[int] = set()  # parameters whose sums have a gradient of this step
         self._factor = 1.0
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._receive) for parameter in parameters]
+        self._model, self._ready_before = model, model.ready
         model.ready = self.ready
 
     def _order(self, model: Transformer) -> dict[nn.Module, list[list[nn.Parameter]]]:
@@ -310,19 +311,22 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._link.finish()
 
     def close(self) -> None:
-        """End the thread after what it is doing now; what waits behind that is given up. The model is a plain one again."""
+        """End the threads after what they are doing now; what waits behind that is given up. The model is a plain one again, and holds none of this."""
         for thread in (self._launcher, self._worker):
             thread.shutdown(cancel_futures=True)
         self._updates.clear()
         for hook in self._hooks:
             hook.remove()
+        self._model.ready = self._ready_before
         self._link.finish()
 
 
-def _begin_thread(device: torch.device, threads: int) -> None:
+def _begin_thread(device: torch.device, threads: int | None) -> None:
+    """`threads`: of one alone. torch gives the number that was set last, by whatever thread, to each thread that computes for the first time."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_num_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
 
 
 def _wait_for(event: torch.cuda.Event | None, device: torch.device) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from nsa_transformer.config import Config
 from nsa_transformer.data.pack import Pack
 from nsa_transformer.distributed.world import World
+from nsa_transformer.memory.host import Tick
 from nsa_transformer.models.flops import TrainingFlops
 from nsa_transformer.utils.hardware import peak_flops
 
@@ -26,6 +28,7 @@ class Meter:
         self._world, self._device = world, world.device
         self._update_waited = update_waited
         self._clock = time.perf_counter
+        self._loads: list[tuple[Tick, Tick]] = []
         self._reset()
         self.restart()
 
@@ -42,8 +45,20 @@ class Meter:
             self._update_waited()  # what a validation waited for
         self._began = self._clock()
 
-    def data_ready(self) -> None:
-        self._waited += self._clock() - self._began
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """What is done inside is waiting for data, but for what a GPU has been given before and computes meanwhile."""
+        begun = self._tick()
+        yield
+        self._loads.append((begun, self._tick()))
+
+    def _tick(self) -> Tick:
+        """The time when the device has done all that it was given."""
+        if self._device.type != "cuda":
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def count(self, pack: Pack) -> None:
         self._tokens += pack.num_tokens
@@ -54,6 +69,12 @@ class Meter:
             torch.cuda.current_stream(self._device).synchronize()
         self.last_step_seconds = self._clock() - self._began
         self._seconds += self.last_step_seconds
+        for begun, ended in self._loads:
+            if isinstance(begun, float) and isinstance(ended, float):
+                self._waited += ended - begun
+            elif isinstance(begun, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
+                self._waited += begun.elapsed_time(ended) / 1e3
+        self._loads.clear()
         if self._update_waited is not None:
             self._for_update += self._update_waited()
 

@@ -144,8 +144,7 @@ class Trainer:
         """
         config = self.config.training
         self.doing = "making a training step"
-        packs, first = self._packs_of_step(world)
-        meter.data_ready()
+        packs, first = self._packs_of_step(world, meter)
         # Every token of the step weighs the same, whatever pack, pass or rank it is in.
         num_targets = max(int(world.sum(torch.stack([(p.targets != IGNORE).sum() for p in packs]).sum())), 1)
         loss, load = torch.zeros((), device=world.device), StepLoad(self.config.model.moe.global_loss_weight, world)
@@ -163,7 +162,7 @@ class Trainer:
             (load.add(out) * (world.size / num_targets)).backward()
             loss += out.loss.detach()
         if self.progress.step + 1 < config.max_steps:
-            self._load(self.progress.next_pack + config.batch_size, world)
+            self._load(self.progress.next_pack + config.batch_size, world, meter)
         return loss, load.total(), num_targets
 
     def _update(self, loss: Tensor, load: Tensor, num_targets: int, world: World, meter: Meter) -> dict[str, Any] | None:
@@ -203,22 +202,23 @@ class Trainer:
             )
         self.console.warning(f"{what}; this update was skipped")
 
-    def _packs_of_step(self, world: World) -> tuple[list[Pack], Pack]:
+    def _packs_of_step(self, world: World, meter: Meter) -> tuple[list[Pack], Pack]:
         """The packs of this rank, and those of the first pass on the device."""
         if self._loaded is None or self._loaded[0] != self.progress.next_pack:
-            self._load(self.progress.next_pack, world)
+            self._load(self.progress.next_pack, world, meter)
         assert self._loaded is not None
         _, packs, first = self._loaded
         self._loaded = None
         return packs, first
 
-    def _load(self, next_pack: int, world: World) -> None:
+    def _load(self, next_pack: int, world: World, meter: Meter) -> None:
         """The packs of a step, while the passes of the one before are computed. The first ones have to be on the device before an offloaded optimizer fills
         the link: a copy after that came when the whole update was over."""
         config = self.config.training
         numbers = packs_of_step(next_pack, config.batch_size, config.micro_batch_size, world.rank, world.size)
-        packs = [self.data.train.pack(number) for number in numbers]
-        self._loaded = next_pack, packs, merge_packs(packs[: config.micro_batch_size]).to(world.device)
+        with meter.loading():
+            packs = [self.data.train.pack(number) for number in numbers]
+            self._loaded = next_pack, packs, merge_packs(packs[: config.micro_batch_size]).to(world.device)
 
     def _evaluate(self) -> Evaluation:
         self.doing = "validating"

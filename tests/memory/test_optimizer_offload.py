@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,22 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
         optimizer.load_state_dict(optimizer.state_dict())
 
 
+def test_the_hosts_share_has_all_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the two begins first: a number of threads set in one reaches others that have not computed yet."""
+    begin, before = optimizer_offload._begin_thread, torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(optimizer_offload, "_begin_thread", lambda device, threads: begin(torch.device("cuda"), threads))
+    optimizer = build_optimizer(plain_model(), TrainingConfig(cpu_threads=3), torch.device("cpu"))
+    assert isinstance(optimizer, OffloadedAdamW)
+    try:
+        for thread in (optimizer._worker, optimizer._launcher):
+            thread.submit(int).result()
+        assert optimizer._worker.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+        optimizer.close()
+
+
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -214,6 +232,22 @@ def test_too_little_host_memory_is_said_before_the_system_kills(work: Path, monk
     monkeypatch.setattr(host, "memory_bytes", lambda: 1 << 19)
     with pytest.raises(ConfigError, match=r"memory\.optimizer_offloading\.enabled=true takes .* GiB of host memory"):
         Trainer(small_config(work, *SETTINGS, ON)).train()
+
+
+def test_a_model_holds_nothing_of_an_optimizer_that_is_closed() -> None:
+    """Which is 16 bytes a parameter."""
+    model = plain_model()
+    optimizer = build_optimizer(model, TrainingConfig(), torch.device("cpu"))
+    assert isinstance(optimizer, OffloadedAdamW)
+    optimizer.close()
+    left = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert left() is None
+    tokens = random_tokens(16, 0)
+    out = model(tokens, targets=tokens)
+    out.loss.backward()
+    assert model.norm.weight.grad is not None
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

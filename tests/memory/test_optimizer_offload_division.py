@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def offloaded(device: torch.device) -> tuple[Transformer, OffloadedAdamW]:
     return model, optimizer
 
 
-def lagging(monkeypatch: pytest.MonkeyPatch, link: type[cuda_link.CudaLink] = cuda_link.CudaLink) -> tuple[Transformer, OffloadedAdamW]:
+def lagging(
+    monkeypatch: pytest.MonkeyPatch, link: type[cuda_link.CudaLink] = cuda_link.CudaLink, seed: int | None = None
+) -> tuple[Transformer, OffloadedAdamW]:
     small_parts(monkeypatch, 64)
-    Lagging(None).stand_in(monkeypatch)
+    Lagging(seed).stand_in(monkeypatch)
     monkeypatch.setattr(cuda_link, "page_lock", lambda *_: None)
     monkeypatch.setattr(optimizer_offload, "link_to", link)
     return offloaded(torch.device("cpu"))
@@ -203,6 +206,49 @@ def test_a_backward_without_a_forward_waits_for_the_thread(monkeypatch: pytest.M
     for _ in range(2):
         step(model, optimizer)
     assert len(added) == 2 * len(optimizer._stages) and not any(added)
+    optimizer.close()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("apart", [False, True], ids=["one memory", "apart"])
+def test_gradients_come_in_any_order_and_number(monkeypatch: pytest.MonkeyPatch, apart: bool, seed: int) -> None:
+    """Those of some parameters in one pass, of others in the next, twice, given up between passes, not finite: to the last bit what torch makes of it."""
+    small_parts(monkeypatch, 64)
+    monkeypatch.setattr(cuda_link, "IN_FLIGHT", 1 << 12)
+    plain = new_model()
+    reference = build_optimizer(plain, RATES)
+    model, optimizer = lagging(monkeypatch, seed=seed) if apart else offloaded(CPU.device)
+    draw, pairs = random.Random(seed), list(zip(model.parameters(), plain.parameters(), strict=True))
+    for _ in range(6):
+        live = draw.sample(pairs, draw.randint(1, len(pairs)))  # all others are as good as frozen
+        for _ in range(draw.randint(1, 4)):
+            chosen = draw.sample(live, draw.randint(1, len(live)))
+            grads = [torch.randn_like(p) for p, _ in chosen]
+            if draw.random() < 0.15:
+                grads[0].view(-1)[0] = torch.nan
+            for which in range(2):
+                torch.stack([(pair[which] * grad).sum() for pair, grad in zip(chosen, grads, strict=True)]).sum().backward()
+            if draw.random() < 0.15:
+                plain.zero_grad()
+                optimizer.zero_grad()
+        known = [p.grad for p in plain.parameters() if p.grad is not None]
+        finite = all(bool(grad.isfinite().all()) for grad in known)
+        if known and draw.random() < 0.8:
+            for _ in range(draw.randint(1, 2)):
+                norms = [clip(each, its, 1e9, CPU) for each, its in ((plain, reference), (model, optimizer))]
+                torch.testing.assert_close(*norms, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for each in (reference, optimizer):
+            if finite:
+                each.step()
+            each.zero_grad()
+        for module in draw.sample(list(optimizer._stages), draw.randint(0, 2)):
+            model.ready(module)
+    optimizer.finish()
+    for parameter, wanted in pairs:
+        assert torch.equal(optimizer.master(parameter), wanted) and torch.equal(parameter, wanted)
+        assert (parameter in optimizer.state) == (wanted in reference.state)
+        for key, value in reference.state.get(wanted, {}).items():
+            assert torch.equal(optimizer.state[parameter][key], value), key
     optimizer.close()
 
 
