@@ -83,7 +83,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
         SPLITS=chosen_splits, CANDIDATES=stretches * kept, CANDIDATES_SPAN=triton.next_power_of_2(stretches * kept), QUANTIZED=quantized,
         STAGES=chosen_stages, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
         TILE=max(16, min(config.select_block, tile)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
-        **heads_of, **runs, **choice, **shape, **launch,
+        LINE=64 if full else 16, **heads_of, **runs, **choice, **shape, **launch,
     )  # fmt: skip
     decode_combine[(pairs * group,)](
         gates, *scan, *near, *part, out, G=group, NEAR_SPLITS=near_splits, NEAR_SPAN=triton.next_power_of_2(near_splits),

@@ -6,7 +6,8 @@ best of each; `decode_selected` takes the window in splits, then, each program f
 once it has started, for what it reads: the window, which needs nothing of the scan, is read while blocks are compared. Sums go over the splits in their order.
 
 Shape letters: B sequences, HKV key/value heads, G query heads of each, GP the power of two from max(G, 16) on; DK, DV head widths, DKP, DVP powers of two
-from them on. A page is 64 compressed keys and the tokens they begin at. All softmaxes are in base 2: `scale` includes log2 e. A split's part is its attention
+from them on. A page is 64 compressed keys and the tokens they begin at. Tiles of keys are lines [L, N], a line for each warp (L = 4, N = 16): it attends them
+with a softmax of its own, so that warps need not wait for each other, and the lines of a program are merged at its end. All softmaxes are in base 2: `scale` includes log2 e. A split's part is its attention
 not yet divided [G, DV], and the largest score and the sum [G].
 """
 
@@ -30,13 +31,6 @@ def _queries(q, pair, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: 
 
 
 @triton.jit
-def _tile(x, row, inside, D: tl.constexpr, DP: tl.constexpr):
-    """Rows `row` int64 [N] of x, [N, DP]; 0 where not inside and past D."""
-    column = tl.arange(0, DP)
-    return tl.load(x + row[:, None] * D + column[None, :], mask=inside[:, None] & (column < D)[None, :], other=0.0)
-
-
-@triton.jit
 def _lines(x, row, inside, D: tl.constexpr, DP: tl.constexpr):
     """Rows `row` int64 [L, N] of x, [L, N, DP]; 0 where not inside and past D."""
     column = tl.arange(0, DP)
@@ -51,27 +45,47 @@ def _safe(peak):
 
 @triton.jit
 def _weigh(peak, total, s):
-    """Of scores s [GP, N] in base 2, -inf where not seen: their weights, what is left of earlier sums [GP], and the new largest score and sum [GP]."""
-    new_peak = tl.maximum(peak, tl.max(s, 1))
+    """Of scores s [L, GP, N] in base 2, -inf where not seen: their weights, what is left of earlier sums [L, GP], and the new largest score and sum."""
+    new_peak = tl.maximum(peak, tl.max(s, 2))
     shift = _safe(new_peak)
-    p = tl.exp2(s - shift[:, None])
+    p = tl.exp2(s - shift[:, :, None])
     fade = tl.exp2(peak - shift)
-    return p, fade, new_peak, total * fade + tl.sum(p, 1)
+    return p, fade, new_peak, total * fade + tl.sum(p, 2)
 
 
 @triton.jit
 def _step(acc, peak, total, s, values, PRECISION: tl.constexpr):
-    """One tile of the online softmax: scores as `_weigh` takes them, values [N, DVP]."""
+    """One tile of the online softmax, each line for itself: scores as `_weigh` takes them, values [L, N, DVP]."""
     p, fade, peak, total = _weigh(peak, total, s)
-    return add_dot(p.to(values.dtype), values, acc * fade[:, None], PRECISION), peak, total
+    return add_dot(p.to(values.dtype), values, acc * fade[:, :, None], PRECISION), peak, total
 
 
 @triton.jit
 def _step_of_two(acc, peak, total, s, small_values, factor, values, PRECISION: tl.constexpr):
-    """The same with rows whose values are small_values times factor [N], or values; the other one is 0."""
+    """The same with rows whose values are small_values times factor [L, N], or values; the other one is 0."""
     p, fade, peak, total = _weigh(peak, total, s)
-    acc = add_dot((p * factor[None, :]).to(values.dtype), small_values, acc * fade[:, None], PRECISION)
+    acc = add_dot((p * factor[:, None, :]).to(values.dtype), small_values, acc * fade[:, :, None], PRECISION)
     return add_dot(p.to(values.dtype), values, acc, PRECISION), peak, total
+
+
+@triton.jit
+def _nothing(L: tl.constexpr, GP: tl.constexpr, DVP: tl.constexpr):
+    """Attention [L, GP, DVP], largest score and sum [L, GP] of lines that have seen no key."""
+    return tl.zeros([L, GP, DVP], tl.float32), tl.full([L, GP], float("-inf"), tl.float32), tl.zeros([L, GP], tl.float32)
+
+
+@triton.jit
+def _merged(acc, peak, total):
+    """Of all lines together: [GP, DVP], [GP] and [GP]."""
+    largest = tl.max(peak, 0)
+    weight = tl.exp2(peak - _safe(largest)[None, :])
+    return tl.sum(acc * weight[:, :, None], 0), largest, tl.sum(total * weight, 0)
+
+
+@triton.jit
+def _scores(queries, keys, PRECISION: tl.constexpr):
+    """queries [L, GP, DKP], keys [L, N, DKP]: [L, GP, N]."""
+    return tl.dot(queries, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION)
 
 
 @triton.jit
@@ -159,15 +173,12 @@ def decode_scan(
     length = tl.load(lengths + sequence)
     visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
     num_pages = (visible + ROWS - 1) // ROWS
-    queries = _queries(q, pair, G, GP, DK, DKP)
-    queries = tl.broadcast_to(queries[None, :, :], [LINES, GP, DKP])
+    queries = tl.broadcast_to(_queries(q, pair, G, GP, DK, DKP)[None, :, :], [LINES, GP, DKP])
     head = tl.arange(0, GP)
     line = tl.arange(0, LINES)
     row = tl.arange(0, LINE)
     place = line[:, None] * LINE + row[None, :]  # in the page
-    acc = tl.zeros([LINES, GP, DVP], tl.float32)
-    peak = tl.full([LINES, GP], float("-inf"), tl.float32)
-    total = tl.zeros([LINES, GP], tl.float32)
+    acc, peak, total = _nothing(LINES, GP, DVP)
     # A key spreads its probability over SPREAD runs of STRIDE tokens, RUNS of which make a block; those past its block's end are the next block's.
     RUNS: tl.constexpr = SELECT // STRIDE
     SPREAD: tl.constexpr = BLOCK // STRIDE
@@ -184,17 +195,11 @@ def decode_scan(
         ahead = tl.load(table + page + SPLITS, mask=page + SPLITS < num_pages, other=0)
         inside = page * ROWS + place < visible
         keys = _lines(k_cmp, at, inside, DK, DKP)
-        s = tl.dot(queries, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION) * scale
-        s = tl.where(inside[:, None, :], s, float("-inf"))
+        s = tl.where(inside[:, None, :], _scores(queries, keys, PRECISION) * scale, float("-inf"))
         values = _lines(v_cmp, at, inside, DV, DVP)
-        new_peak = tl.maximum(peak, tl.max(s, 2))
-        shift = _safe(new_peak)  # a page of the loop has a visible key, not each of its lines
-        p = tl.exp2(s - shift[:, :, None])
-        fade = tl.exp2(peak - shift)
+        p, fade, peak, total = _weigh(peak, total, s)
         rounded = p.to(values.dtype)
         acc = add_dot(rounded, values, acc * fade[:, :, None], PRECISION)
-        total = total * fade + tl.sum(p, 2)
-        peak = new_peak
         share = tl.dot(rounded, fold, input_precision=PRECISION)
         if PRECISION != "ieee":  # what rounding to 16 bits took away
             share = tl.dot((p - rounded.to(tl.float32)).to(values.dtype), fold, share)
@@ -204,10 +209,8 @@ def decode_scan(
         to = to[:, :, None]
         tl.store(shares + to * BLOCKS + block[None, None, :], share, mask=there[:, :, None] & (block < BLOCKS)[None, None, :])
         tl.store(spills + to + tl.zeros_like(block)[None, None, :], share, mask=there[:, :, None] & (block == BLOCKS)[None, None, :])
-    largest = tl.max(peak, 0)
-    weight = tl.exp2(peak - _safe(largest)[None, :])
-    part = pair * SPLITS + split
-    _store_part(tl.sum(acc * weight[:, :, None], 0), largest, tl.sum(total * weight, 0), part_out, part_peak, part_sum, part, G, GP, DV, DVP)
+    acc, peak, total = _merged(acc, peak, total)
+    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
 @triton.jit(repr=lambda _: "decode_rank", do_not_specialize=["max_pages"])
@@ -251,7 +254,7 @@ def decode_selected(
     q, k_slc, v_slc, k_win, v_win, k_scale, v_scale, k_recent, v_recent, pages, lengths, best,
     near_out, near_peak, near_sum, part_out, part_peak, part_sum, chosen, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, LINE: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr, NEAR_SPLITS: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, CANDIDATES_SPAN: tl.constexpr,
     QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -266,21 +269,21 @@ def decode_selected(
     if PDL:
         gdc_launch_dependents()
     length = tl.load(lengths + sequence)
-    queries = _queries(q, pair, G, GP, DK, DKP)
-    acc = tl.zeros([GP, DVP], tl.float32)
-    peak = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
+    queries = _queries(q, pair, G, GP, DK, DKP)[None, :, :]
     if split < NEAR_SPLITS:
-        tile_row = tl.arange(0, ROWS)
+        NEAR_LINES: tl.constexpr = ROWS // LINE
+        near_queries = tl.broadcast_to(queries, [NEAR_LINES, GP, DKP])
+        tile_row = tl.arange(0, NEAR_LINES)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+        acc, peak, total = _nothing(NEAR_LINES, GP, DVP)
         for tile in tl.range(split, RING // ROWS, NEAR_SPLITS, num_stages=STAGES):
             place = tile * ROWS + tile_row
             age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
             inside = (age < WINDOW) & (age < length)
             at = pair * RING + place
-            s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
-            s = tl.where(inside[None, :], s, float("-inf"))
-            acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
-        _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
+            s = tl.where(inside[:, None, :], _scores(near_queries, _lines(k_win, at, inside, DK, DKP), PRECISION) * scale, float("-inf"))
+            acc, peak, total = _step(acc, peak, total, s, _lines(v_win, at, inside, DV, DVP), PRECISION)
+        near, largest, together = _merged(acc, peak, total)
+        _store_part(near, largest, together, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
     if PDL:
         gdc_wait()
     slots = tl.arange(0, NP)
@@ -298,11 +301,11 @@ def decode_selected(
     found = tl.where(slots < N, found, -1)
     if split == 0:
         tl.store(chosen + pair * N + slots, found, mask=slots < N)
-    acc = tl.zeros([GP, DVP], tl.float32)
-    peak = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
     PARTS: tl.constexpr = (SELECT + TILE - 1) // TILE  # tiles of a block; a tile has at least 16 rows, a block may have 8
-    row = tl.arange(0, TILE)
+    LINES: tl.constexpr = TILE // LINE if TILE > LINE else 1
+    row = tl.arange(0, LINES)[:, None] * (TILE // LINES) + tl.arange(0, TILE // LINES)[None, :]
+    queries = tl.broadcast_to(queries, [LINES, GP, DKP])
+    acc, peak, total = _nothing(LINES, GP, DVP)
     places = tl.load(pages + sequence * max_pages + tl.maximum(found, 0) * SELECT // TOKENS, mask=found >= 0, other=0)
     for unit in tl.range(split, N * PARTS, SPLITS, num_stages=STAGES):
         slot = unit // PARTS
@@ -317,18 +320,19 @@ def decode_selected(
             old = inside & ((block + 1) * SELECT <= length - THRESHOLD)
             new = inside & ((block + 1) * SELECT > length - THRESHOLD)
             ring = pair * RECENT + first % RECENT + line
-            small_keys = _tile(k_slc, at, old, DK, DKP).to(queries.dtype)
-            small_values = _tile(v_slc, at, old, DV, DVP).to(queries.dtype)
-            keys = _tile(k_recent, ring, new, DK, DKP)
-            values = _tile(v_recent, ring, new, DV, DVP)
-            s = tl.dot(queries, tl.trans(small_keys), input_precision=PRECISION) * tl.load(k_scale + at, mask=old, other=0.0).to(tl.float32)[None, :]
-            s = add_dot(queries, tl.trans(keys), s, PRECISION) * scale
+            small_keys = _lines(k_slc, at, old, DK, DKP).to(queries.dtype)
+            small_values = _lines(v_slc, at, old, DV, DVP).to(queries.dtype)
+            keys = _lines(k_recent, ring, new, DK, DKP)
+            values = _lines(v_recent, ring, new, DV, DVP)
+            s = _scores(queries, small_keys, PRECISION) * tl.load(k_scale + at, mask=old, other=0.0).to(tl.float32)[:, None, :]
+            s = add_dot(queries, tl.permute(keys, (0, 2, 1)), s, PRECISION) * scale
             factor = tl.load(v_scale + at, mask=old, other=0.0).to(tl.float32)
-            acc, peak, total = _step_of_two(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), small_values, factor, values, PRECISION)
+            acc, peak, total = _step_of_two(acc, peak, total, tl.where(inside[:, None, :], s, float("-inf")), small_values, factor, values, PRECISION)
         else:
-            s = tl.dot(queries, tl.trans(_tile(k_slc, at, inside, DK, DKP)), input_precision=PRECISION) * scale
-            acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), _tile(v_slc, at, inside, DV, DVP), PRECISION)
-    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
+            s = tl.where(inside[:, None, :], _scores(queries, _lines(k_slc, at, inside, DK, DKP), PRECISION) * scale, float("-inf"))
+            acc, peak, total = _step(acc, peak, total, s, _lines(v_slc, at, inside, DV, DVP), PRECISION)
+    out, largest, together = _merged(acc, peak, total)
+    _store_part(out, largest, together, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
 @triton.jit
