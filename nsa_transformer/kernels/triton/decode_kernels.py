@@ -7,8 +7,8 @@ once it has started, for what it reads: the window, which needs nothing of the s
 
 Shape letters: B sequences, HKV key/value heads, G query heads of each, GP the power of two from max(G, 16) on; DK, DV head widths, DKP, DVP powers of two
 from them on. A page is 64 compressed keys and the tokens they begin at. Tiles of keys are lines [L, N], a line for each warp (L = 4, N = 16): it attends them
-with a softmax of its own, so that warps need not wait for each other, and the lines of a program are merged at its end. All softmaxes are in base 2: `scale` includes log2 e. A split's part is its attention
-not yet divided [G, DV], and the largest score and the sum [G].
+with a softmax of its own, so that warps need not wait for each other, and the lines of a program are merged at its end. All softmaxes are in base 2: `scale`
+includes log2 e. A split's part is its attention not yet divided [G, DV], and the largest score and the sum [G].
 """
 
 from __future__ import annotations
