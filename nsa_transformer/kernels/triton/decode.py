@@ -31,8 +31,6 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     if pairs == 0 or max_pages == 0:  # nothing to split
         return q.new_zeros(sequences, heads, dv), torch.full((sequences, kv_heads, config.num_selected), -1, dtype=torch.int32, device=q.device)
     blocks = 64 // (config.select_block // config.compress_stride)  # of a page
-    # Compressed keys of a line, with whole blocks: a warp's own. In float32, without tensor cores, four accumulators would not fit the registers.
-    line = 64 if q.dtype == torch.float32 else max(16, config.select_block // config.compress_stride)
     multiprocessors, pdl, shared = _chip(q.device)
     splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
     near_splits = min(cache.k_win.shape[2] // 64, chosen_splits)
@@ -41,7 +39,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     stretch = max(STRETCH, triton.next_power_of_2(triton.cdiv(max_pages * blocks, max(1, CANDIDATES // kept))))
     stretches = triton.cdiv(max_pages * blocks, stretch)
     # One piece of memory for what the kernels hand on, each part beginning at a multiple of 128 bytes.
-    counts = [2 * pairs * stretches * kept, pairs * group * max_pages * blocks, *[pairs * group * max_pages * (64 // line)] * 2]
+    counts = [2 * pairs * stretches * kept, pairs * group * max_pages * blocks, *[pairs * group * max_pages] * 2]
     for count in (splits, near_splits, chosen_splits):
         counts += [pairs * count * group * dv, *[pairs * count * group] * 2]
     room = [-(-count // 32) * 32 for count in counts]
@@ -53,36 +51,36 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     widths, padded = {"DV": dv, "DVP": triton.next_power_of_2(dv)}, triton.next_power_of_2(dk)
     full = q.dtype == torch.float32  # products on the ordinary cores, which take many registers
     quantized = cache.k_scale is not None
-    row = (padded + widths["DVP"]) * q.element_size()  # bytes of one of keys and values; with e4m3 two tiles of those and one of a ring's are no more than two
+    # Bytes of a row of keys and values; of a chosen block a row in e4m3 comes beside one of a ring, in float32 as wide as that.
+    row = (padded + widths["DVP"]) * q.element_size()
+    chosen_row = row + quantized * (row if full else padded + widths["DVP"])
     # A tile ahead of the one that is attended, where there is room for both beside the queries.
-    stages = 1 if full else 3 if 2 * 64 * row + BESIDE <= shared else 2
+    stages, chosen_stages = (1 if full else 3 if 2 * 64 * size + BESIDE <= shared else 2 for size in (row, chosen_row))
     tile = 32 if full else 64
-    while tile * row + BESIDE > shared:
+    while tile * chosen_row + BESIDE > shared:
         tile //= 2
     shape = widths | {"DK": dk, "DKP": padded, "PRECISION": precision(q.dtype)}
     heads_of = {"HKV": kv_heads, "G": group, "GP": group_rows}
     runs = {"STRIDE": config.compress_stride, "SELECT": config.select_block}
-    lines = {"LINE": line}
     choice = {"N": config.num_selected, "NP": kept, "INITIAL": config.num_initial, "LOCAL": config.num_local}
     launch = {"PDL": pdl, "launch_pdl": pdl}
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
         q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
-        SPLITS=splits, STAGES=stages, num_warps=4, **heads_of, **runs, **lines, **shape, **launch,
+        SPLITS=splits, STAGES=stages, num_warps=4, **heads_of, **runs, **shape, **launch,
     )  # fmt: skip
     if config.num_selected > config.num_initial + config.num_local:  # else all are forced
         decode_rank[(stretches, pairs)](
             shares, spills, peaks, cache.lengths, scan[1], scan[2], best.view(torch.int64), max_pages, BLOCK=config.compress_block, STRETCH=stretch,
-            SIZE=compared, num_warps=4, **heads_of, **runs, **lines, **choice, **scan_span, **launch,
+            SIZE=compared, num_warps=4, **heads_of, **runs, **choice, **scan_span, **launch,
         )  # fmt: skip
     decode_selected[(chosen_splits, pairs)](
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
         best.view(torch.int64), *near, *part, chosen, scale * LOG2E, max_pages, WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits,
         SPLITS=chosen_splits, CANDIDATES=stretches * kept, CANDIDATES_SPAN=triton.next_power_of_2(stretches * kept), QUANTIZED=quantized,
-        NATIVE=not full and not triton.knobs.runtime.interpret, STAGES=stages, THRESHOLD=cache.threshold,
-        RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
+        STAGES=chosen_stages, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
         TILE=max(16, min(config.select_block, tile)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
-        LINE=64 if full else 16, **heads_of, **runs, **choice, **shape, **launch,
+        **heads_of, **runs, **choice, **shape, **launch,
     )  # fmt: skip
     decode_combine[(pairs * group,)](
         gates, *scan, *near, *part, out, G=group, NEAR_SPLITS=near_splits, NEAR_SPAN=triton.next_power_of_2(near_splits),
