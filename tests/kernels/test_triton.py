@@ -62,7 +62,7 @@ def test_against_the_brute_force():
     assert_error_beside_plain(case, "triton", TIMES)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 16, 33])
+@pytest.mark.parametrize("group", [1, 2, 3, 16, pytest.param(33, marks=pytest.mark.slow)])
 def test_groups(group):
     check(case_of([37, 20], group=group, seed=group))
 
@@ -126,6 +126,7 @@ def test_given_blocks():
     check(case.using(blocks=picked[:, None].int()))  # some in the future, some queries without any, no order, nothing forced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [0, 1], ids=["computed once more", "one head at a time"])
 def test_scores_are_stored_for_dq_or_computed_once_more(stored, monkeypatch):
     """Gradients of the selected scores are stored for as many heads as fit; where one head's do not, dq computes the scores itself."""
