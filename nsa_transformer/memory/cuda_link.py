@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_transformer.memory.host import CHUNK, PART, Coming, Link, Part, SameMemory, Tick, adamw, host_zeros, page_lock
+from nsa_transformer.memory.host import CHUNK, Coming, Link, Part, SameMemory, Tick, adamw, host_zeros, page_lock
 
 IN_FLIGHT = 512 << 20  # bytes of gradients that may wait on the device to be added up; past that the backward waits
-ROOMS = 12  # of three parts that are updated: one comes, one is computed, one goes. 768 MiB, 0.4 bytes a parameter of `large`
+ROOMS = 12  # of three parts that are updated: one comes, one is computed, one goes. Half a byte a parameter, or less (`part_size`)
 # Of the elements. An update of `large` alone, on an H200 with 16 cores: 0.41 s with 0.4 and 0.5, 0.45 with 0.6, 0.48 with 0.7, 0.60 by the GPU alone, 0.66 by
 # the host; beside a forward 0.5 was the best too. It is a constant, since torch's AdamW differs in last bits between the two: each run, and each one that goes
 # on, has to divide alike.
@@ -33,7 +33,7 @@ class CudaLink(Link):
 
     Args:
         device: the GPU.
-        room: elements of all that crosses.
+        room: elements of the largest part that crosses.
         steps: how many step counts `update` is given.
         key: what to set to false where the system does not let so much memory be page-locked.
     """
@@ -46,7 +46,6 @@ class CudaLink(Link):
         self._up, self._down = (torch.cuda.Stream(device) for _ in range(2))
         # Their kernels are short, and what waits for them is not: they come before those of the passes.
         self._compute, self._send = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
-        room = min(PART, room)
         self._rooms = [_Room(torch.empty(room, device=device)) for _ in range(ROOMS)]
         self.device = self._rooms[0].values.device  # with its number
         self._wide = torch.empty(min(CHUNK, room), device=device)  # what goes to the device, before it is rounded

@@ -22,6 +22,7 @@ CHUNK = 1 << 22
 # Elements that cross the link at once, 64 MiB. Each part costs the thread that launches the backward a dozen calls, 0.1 to 0.4 ms: with parts of 4 Mi the
 # backward of a large model took half as long again on an H200.
 PART = 1 << 24
+SMALL_PART = 1 << 20  # for models so small that no more is worth while
 ALIGN = 16  # elements: a cache line of float32
 RUN = 1 << 15  # elements whose norm one core takes
 
@@ -63,6 +64,11 @@ def check_host_memory(wanted: int, what: str) -> None:
     total = memory_bytes()
     if total is not None and wanted > total:
         raise ConfigError(f"{what} takes {wanted / GIB:.1f} GiB of host memory and this machine has {total / GIB:.1f}; write a smaller model, or leave it off")
+
+
+def part_size(total: int) -> int:
+    """Elements that cross the link at once, for a model of so many: a 96th of it, such that a dozen rooms of float32 on the device take half a byte of each."""
+    return min(PART, max(SMALL_PART, total // 96 // ALIGN * ALIGN))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nsa_transformer.memory.cuda_link import link_to
 from nsa_transformer.memory.expert_streaming import host_weights
-from nsa_transformer.memory.host import ALIGN, CHUNK, PART, Part, Piece, adamw, check_host_memory, norm_of_parts
+from nsa_transformer.memory.host import ALIGN, CHUNK, Part, Piece, adamw, check_host_memory, norm_of_parts, part_size
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.utils.hardware import GIB
 
@@ -101,7 +101,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         for parameter in itertools.chain.from_iterable(itertools.chain.from_iterable(order.values())):
             starts[parameter] = total
             total += math.ceil(parameter.numel() / ALIGN) * ALIGN
-        self._link = link_to(device, total, len(parameters), key)
+        self._size = part_size(total)
+        self._link = link_to(device, min(self._size, total), len(parameters), key)
         # Two threads: beside the host's updates, what the device is to do would be launched late.
         self._worker = ThreadPoolExecutor(1, "optimizer", initializer=_begin_thread, initargs=(device, threads))
         self._launcher = ThreadPoolExecutor(1, "optimizer_link", initializer=_begin_thread, initargs=(device, None))
@@ -141,9 +142,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         parts: list[tuple[int, list[Piece]]] = []  # where each begins
         for parameter in parameters:
             first = start = starts[parameter]
-            for target in self._target(parameter).split(PART):
+            for target in self._target(parameter).split(self._size):
                 end = start + len(target)
-                if not parts or end - parts[-1][0] > PART:
+                if not parts or end - parts[-1][0] > self._size:
                     parts.append((start, []))
                 begin, pieces = parts[-1]
                 pieces.append(Piece(self._index[parameter], slice(start - begin, end - begin), slice(start - first, end - first), target, next(norm)))

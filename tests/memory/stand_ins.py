@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa_transformer.memory import cuda_link, optimizer_offload
+from nsa_transformer.memory import cuda_link, host, optimizer_offload
 
 
 class Event:
@@ -150,8 +150,7 @@ class _Later(TorchDispatchMode):
 
 def small_parts(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Move so many elements at once, and compute half as many, such that small tensors have many parts."""
-    monkeypatch.setattr(cuda_link, "PART", size)
-    monkeypatch.setattr(optimizer_offload, "PART", size)
+    monkeypatch.setattr(host, "PART", size)
     monkeypatch.setattr(cuda_link, "CHUNK", max(1, size // 2))
     monkeypatch.setattr(optimizer_offload, "CHUNK", max(1, size // 2))
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.memory import cuda_link
-from nsa_transformer.memory.cuda_link import CudaLink, link_to
-from nsa_transformer.memory.host import Link, Part, Piece, adamw
+from nsa_transformer.memory.cuda_link import ROOMS, CudaLink, link_to
+from nsa_transformer.memory.host import ALIGN, CHUNK, Link, Part, Piece, adamw, part_size
 
 from .stand_ins import Lagging, small_parts
 
@@ -43,6 +43,13 @@ def put(link: Link, part: Part, grad: Tensor) -> None:
     link.add([(part, [(piece, grad[piece.at]) for piece in part.pieces])], torch.zeros(20), set())
 
 
+@pytest.mark.parametrize("total", [30_000_000, 100_000_000, 350_000_001, 1_794_100_000, 30_000_000_000])
+def test_rooms_take_little_of_any_model(total: int) -> None:
+    """Of what the optimizer in host memory spares, 14 bytes a parameter, 2 at most for small models and half a byte for others."""
+    size = part_size(total)
+    assert size % ALIGN == 0 and 4 * (ROOMS * size + min(CHUNK, size)) / total < (2 if total < 1e8 else 0.6)
+
+
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_few_parts_and_gradients_that_are_held(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
     """Sums of fewer parts than there are rooms come back before they have left; a gradient's memory stays until it has been read."""
@@ -50,7 +57,7 @@ def test_few_parts_and_gradients_that_are_held(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(cuda_link, "IN_FLIGHT", 1000)
     monkeypatch.setattr(cuda_link, "page_lock", lambda *_: None)
     Lagging(seed).stand_in(monkeypatch)
-    link = CudaLink(CPU, 100, 1, KEY)
+    link = CudaLink(CPU, 64, 1, KEY)
     total, norms, expected = link.arena(100), torch.zeros(2), torch.zeros(100)
     parts = sums_of(total, 64)
     held: list[tuple[list[Tensor], Any]] = []
@@ -243,7 +250,7 @@ def test_sums_do_not_wait_for_an_update(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_crosses_the_link_arrives(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -> None:
     small_parts(monkeypatch, 1024)
     device = torch.device("cuda", torch.cuda.current_device())
-    link = link_to(device, 5000, 1, KEY)
+    link = link_to(device, 1024, 1, KEY)
     total, expected = link.arena(count), torch.zeros(count)
     norms = torch.zeros(-(-count // 1024), device=device)
     for turn in range(4):  # the third begins anew
