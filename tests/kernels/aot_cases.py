@@ -143,6 +143,12 @@ def cases() -> list[Case]:
         Case("decoding bf16 128 G16, 128k, e4m3", partial(decoding, 16, 128, 128, 128, 16, half, 512), slow=True, targets=(90, 100)),
         Case("decoding bf16 192/128 G3", partial(decoding, 2, 8, 192, 128, 3, half), slow=True),
         Case("decoding bf16 256 G16, blocks of 128", partial(decoding, 2, 64, 256, 256, 16, half, None, NSAConfig(64, 16, 128)), slow=True),
+        Case(
+            "decoding bf16 256 G16, e4m3, blocks of 128",
+            partial(decoding, 2, 64, 256, 256, 16, half, 512, NSAConfig(64, 16, 128)),
+            slow=True,
+            targets=(90, 100),
+        ),
         Case("decoding f32 64 G4, blocks of 128", partial(decoding, 2, 8, 64, 64, 4, full, None, NSAConfig(64, 4, 128)), slow=True),
         Case("phi bf16 128", partial(compression, 128, 128, half)),
         Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
 from nsa_transformer.kernels import nsa_attention
-from nsa_transformer.kernels.decode import append_rows, nsa_decode
+from nsa_transformer.kernels.decode import append_rows, gather_sequence, nsa_decode
 from nsa_transformer.kernels.dispatch import triton_missing
 from nsa_transformer.kernels.paged import LARGEST, SCALE, NewRows, PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter cuts where it should round to bfloat16
 SMALL = NSAConfig(8, 4, 16, 5, 1, 2, 50)  # pages of 256 tokens
 BACKENDS = ["reference", *(["triton"] if triton_missing() is None else [])]
 
@@ -88,6 +89,23 @@ def check(
         plain = nsa_attention(q[one], *parts[b], gates[one], config, backend="reference", blocks=chosen)
         error, allowed = (out[b].double() - exact[0]).abs().max(), (plain[0].double() - exact[0]).abs().max()
         assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps, f"length {length}: {error:.3g}, plain {allowed:.3g}"
+
+
+def quantized(lengths: list[int], config: NSAConfig, dtype: torch.dtype, threshold: int, dk: int = 64, dv: int = 64) -> PagedKeysValues:
+    """Sequences with two key/value heads in a cache with e4m3. What is in a ring is NaN in its page, and what is in none is NaN in the ring."""
+    plain = paged(sequences(lengths, config, dtype, 2, dk, dv), config, dtype)
+    recent, span = recent_tokens(config, threshold), page_tokens(config)
+    rings = [torch.full((len(lengths), 2, recent, width), torch.nan, dtype=dtype, device=DEVICE) for width in (dk, dv)]
+    stored = [quantize_rows(x.nan_to_num(0.0)) for x in (plain.k_slc, plain.v_slc)]
+    for b, length in enumerate(lengths):
+        position = torch.arange(max(0, length - threshold) // config.select_block * config.select_block, length)
+        page, row = plain.pages[b].cpu()[position // span].long(), position % span
+        for ring, pool, (values, _) in zip(rings, (plain.k_slc, plain.v_slc), stored, strict=True):
+            ring[b][:, position % recent] = pool[page, :, row].transpose(0, 1)
+            values.view(torch.uint8)[page, :, row] = 0x7F  # NaN
+    return PagedKeysValues(
+        plain.pages, plain.lengths, plain.k_cmp, plain.v_cmp, *(x[0] for x in stored), plain.k_win, plain.v_win, *(x[1] for x in stored), *rings, threshold
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -213,28 +231,56 @@ class TestTriton:
         assert torch.equal(first, second)
 
     @pytest.mark.parametrize("threshold", [0, 30, 64])
-    @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [torch.float16])], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     def test_fp8(self, threshold: int, dtype: torch.dtype) -> None:
         """As the reference has it, on the same rounded keys and values; what lies in the ring is not read from a page."""
-        lengths = [300, 5, 0, 128, 700]
-        plain = paged(sequences(lengths, SMALL, dtype, 2, 64, 64), SMALL, dtype)
-        recent = recent_tokens(SMALL, threshold)
-        rings = [torch.full((len(lengths), 2, recent, 64), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
-        stored = [quantize_rows(x.nan_to_num(0.0)) for x in (plain.k_slc, plain.v_slc)]
-        for b, length in enumerate(lengths):
-            position = torch.arange(max(0, length - threshold) // 16 * 16, length)
-            page, row = plain.pages[b].cpu()[position // 256].long(), position % 256
-            for ring, pool, (values, _) in zip(rings, (plain.k_slc, plain.v_slc), stored, strict=True):
-                ring[b][:, position % recent] = pool[page, :, row].transpose(0, 1)
-                values.view(torch.uint8)[page, :, row] = 0x7F  # NaN
-        cache = PagedKeysValues(
-            plain.pages, plain.lengths, plain.k_cmp, plain.v_cmp, *(x[0] for x in stored), plain.k_win, plain.v_win, *(x[1] for x in stored), *rings, threshold
-        )
-        q, gates = torch.randn(len(lengths), 4, 64).to(dtype).to(DEVICE), torch.rand(len(lengths), 4, 3, device=DEVICE)
+        cache = quantized([300, 5, 0, 128, 700], SMALL, dtype, threshold)
+        q, gates = torch.randn(5, 4, 64).to(dtype).to(DEVICE), torch.rand(5, 4, 3, device=DEVICE)
         expected, chosen = nsa_decode(q, gates, cache, SMALL, backend="reference", return_blocks=True)
         found, blocks = nsa_decode(q, gates, cache, SMALL, backend="triton", return_blocks=True)
         assert torch.equal(blocks, chosen)
         torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+    @pytest.mark.parametrize(
+        ("config", "dk", "dv", "threshold"),
+        [
+            (NSAConfig(8, 4, 8, 6, 1, 2, 30), 192, 128, 20),  # tiles longer than blocks; widths that are no powers of two
+            (NSAConfig(16, 8, 128, 4, 1, 1, 70), 64, 128, 150),  # blocks of several tiles
+            (NSAConfig(8, 4, 16, 5, 0, 3, 50), 64, 64, 16),  # newest blocks of which some are in pages already
+            (NSAConfig(8, 4, 16, 5, 1, 0, 50), 256, 64, 33),  # none of the newest forced
+        ],
+        ids=str,
+    )
+    def test_fp8_geometries(self, config: NSAConfig, dk: int, dv: int, threshold: int) -> None:
+        lengths = [37 * config.compress_stride + 3, 70 * config.compress_stride + 1, 8 * config.select_block]
+        cache = quantized(lengths, config, HALF, threshold, dk, dv)
+        q, gates = torch.randn(3, 6, dk).to(HALF).to(DEVICE), torch.rand(3, 6, 3, device=DEVICE)
+        expected, chosen = nsa_decode(q, gates, cache, config, backend="reference", return_blocks=True)
+        found, blocks = nsa_decode(q, gates, cache, config, backend="triton", return_blocks=True)
+        assert torch.equal(blocks, chosen)
+        torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(HALF).eps)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+    @pytest.mark.parametrize("exponents", [(-10, -9), (0, 10), (-12, 4)], ids=str)
+    def test_fp8_of_any_size(self, exponents: tuple[int, int], dtype: torch.dtype) -> None:
+        """Rows of values whose scales lie far apart, or are smaller or larger than float16 could have as a factor, and queries that float16 does not hold."""
+        low, high = exponents
+        lengths, size = [300, 128, 700], {torch.float16: 2.0**-13, torch.bfloat16: 2.0**100}.get(dtype, 2.0**30)
+        cache = quantized(lengths, SMALL, dtype, 30)
+        assert cache.v_scale is not None and cache.v_recent is not None
+        generator = torch.Generator().manual_seed(11)
+        cache.v_scale.mul_(2.0 ** torch.randint(low, high, cache.v_scale.shape, generator=generator).to(DEVICE))
+        cache.v_recent.mul_(2.0**low)
+        q, gates = (torch.randn(3, 4, 64, generator=generator) * size).to(dtype).to(DEVICE), torch.zeros(3, 4, 3, device=DEVICE)
+        gates[..., 1] = 1  # the blocks alone
+        found, blocks = nsa_decode(q, gates, cache, SMALL, scale=0.125 / size, backend="triton", return_blocks=True)
+        wide = replace(cache, **{f"{n}_{store}": getattr(cache, f"{n}_{store}").double() for n in "kv" for store in ("cmp", "win", "recent")})
+        for b, length in enumerate(lengths):
+            one = slice(b, b + 1)
+            keys_values = gather_sequence(wide, b, SMALL, torch.float64)
+            exact = nsa_attention(q[one].double(), *keys_values, gates[one].double(), SMALL, scale=0.125 / size, backend="reference", blocks=blocks[one])
+            error = (found[b].double() - exact[0]).abs().max() / exact.abs().max()
+            assert error <= 8 * torch.finfo(dtype).eps, f"length {length}: {error:.3g}"
 
     @pytest.mark.parametrize("threshold", [None, 0, 30, 64])
     @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [torch.float16])], ids=str)

@@ -51,13 +51,11 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     widths, padded = {"DV": dv, "DVP": triton.next_power_of_2(dv)}, triton.next_power_of_2(dk)
     full = q.dtype == torch.float32  # products on the ordinary cores, which take many registers
     quantized = cache.k_scale is not None
-    # Bytes of a row of keys and values; of a chosen block a row in e4m3 comes beside one of a ring, in float32 as wide as that.
-    row = (padded + widths["DVP"]) * q.element_size()
-    chosen_row = row + quantized * (row if full else padded + widths["DVP"])
+    row = (padded + widths["DVP"]) * q.element_size()  # bytes of one of keys and values; with e4m3 two tiles of those and one of a ring's are no more than two
     # A tile ahead of the one that is attended, where there is room for both beside the queries.
-    stages, chosen_stages = (1 if full else 3 if 2 * 64 * size + BESIDE <= shared else 2 for size in (row, chosen_row))
+    stages = 1 if full else 3 if 2 * 64 * row + BESIDE <= shared else 2
     tile = 32 if full else 64
-    while tile * chosen_row + BESIDE > shared:
+    while tile * row + BESIDE > shared:
         tile //= 2
     shape = widths | {"DK": dk, "DKP": padded, "PRECISION": precision(q.dtype)}
     heads_of = {"HKV": kv_heads, "G": group, "GP": group_rows}
@@ -78,7 +76,8 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
         best.view(torch.int64), *near, *part, chosen, scale * LOG2E, max_pages, WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits,
         SPLITS=chosen_splits, CANDIDATES=stretches * kept, CANDIDATES_SPAN=triton.next_power_of_2(stretches * kept), QUANTIZED=quantized,
-        STAGES=chosen_stages, THRESHOLD=cache.threshold, RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
+        NATIVE=not full and not triton.knobs.runtime.interpret, STAGES=stages, THRESHOLD=cache.threshold,
+        RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
         TILE=max(16, min(config.select_block, tile)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
         **heads_of, **runs, **choice, **shape, **launch,
     )  # fmt: skip

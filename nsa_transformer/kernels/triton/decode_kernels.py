@@ -43,28 +43,75 @@ def _safe(peak):
 
 
 @triton.jit
-def _weigh(peak, total, s):
-    """Of scores s [GP, N] in base 2, -inf where not seen: their weights, what is left of earlier sums [GP], and the new largest score and sum [GP]."""
+def _weigh(peak, total, s, worth):
+    """Of scores s [GP, N] in base 2, -inf where not seen: their weights, what is left of earlier sums [GP], and the new largest score and sum [GP], to which a
+    weight adds `worth` times itself: a number, or [1, N]."""
     new_peak = tl.maximum(peak, tl.max(s, 1))
     shift = _safe(new_peak)
     p = tl.exp2(s - shift[:, None])
     fade = tl.exp2(peak - shift)
-    return p, fade, new_peak, total * fade + tl.sum(p, 1)
+    return p, fade, new_peak, total * fade + tl.sum(p * worth, 1)
 
 
 @triton.jit
 def _step(acc, peak, total, s, values, PRECISION: tl.constexpr):
     """One tile of the online softmax: scores as `_weigh` takes them, values [N, DVP]."""
-    p, fade, peak, total = _weigh(peak, total, s)
+    p, fade, peak, total = _weigh(peak, total, s, 1.0)
     return add_dot(p.to(values.dtype), values, acc * fade[:, None], PRECISION), peak, total
 
 
 @triton.jit
-def _step_of_two(acc, peak, total, s, small_values, factor, values, PRECISION: tl.constexpr):
-    """The same with rows whose values are small_values times factor [N], or values; the other one is 0."""
-    p, fade, peak, total = _weigh(peak, total, s)
-    acc = add_dot((p * factor[None, :]).to(values.dtype), small_values, acc * fade[:, None], PRECISION)
-    return add_dot(p.to(values.dtype), values, acc, PRECISION), peak, total
+def _step_of_halves(even, odd, peak, total, s, worth, even_values, odd_values, PRECISION: tl.constexpr):
+    """The same with the even and the odd columns of values and sums apart, [N, DVP / 2] and [GP, DVP / 2]."""
+    p, fade, peak, total = _weigh(peak, total, s, worth)
+    p = p.to(even_values.dtype)
+    return add_dot(p, even_values, even * fade[:, None], PRECISION), add_dot(p, odd_values, odd * fade[:, None], PRECISION), peak, total
+
+
+@triton.jit
+def _to_float16(queries):
+    """Queries in 16 bits as float16 times a power of two that brings the largest to 2^14 … 2^15, and what is to be multiplied by afterwards. A head loses bits
+    where its queries are 2^28 times smaller than another's of the group."""
+    largest = tl.max(tl.max(tl.abs(queries.to(tl.float32)), 1), 0)
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)  # with its bias of 127
+    fit = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    return (queries.to(tl.float32) * fit).to(tl.float16), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _widen(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """The even and the odd columns of e4m3 numbers, in dtype, from pairs of neighbours as int16 (a product's operands go from shared memory to registers by 16
+    bits; bytes of values would go one by one). NATIVE: to float16 by the GPU's instruction, two at once; Triton's own takes a pair apart first."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t; .reg .b16 a, b; prmt.b32 t, $2, 0, 0x3120; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}",
+            "=r,=r,r", [x], (tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    even = x.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+    return even, (x >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+
+
+@triton.jit
+def _log2(x, NATIVE: tl.constexpr):
+    """Of normal float32 numbers. NATIVE: by the GPU's instruction, to 2^-22, where tl.log2 takes a dozen."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@triton.jit
+def _fetch_ahead(x, COUNT: tl.constexpr, SPAN: tl.constexpr):
+    """COUNT numbers from x on, which will be read soon, into the L2 cache. SPAN: a power of two from COUNT on."""
+    LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
+    line = tl.minimum(tl.arange(0, SPAN // LINE) * LINE, COUNT - 1)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [x + line], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _find(unit, kinds, places, PARTS: tl.constexpr, NP: tl.constexpr):
+    """What `kinds` and `places` int32 [NP] say of the chosen block that a tile belongs to; 0 where there are no more."""
+    mine = tl.arange(0, NP) == unit // PARTS
+    return tl.sum(tl.where(mine, kinds, 0), 0), tl.sum(tl.where(mine, places, 0), 0)
 
 
 @triton.jit
@@ -116,9 +163,10 @@ def _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_page
 
 
 @triton.jit
-def _largest(key, NP: tl.constexpr, SIZE: tl.constexpr):
-    """The NP largest of SIZE int64 keys, falling, -1 where there are fewer: [NP]. Keys differ but for those of -1, which count nothing."""
-    slot = tl.arange(0, NP)
+def _largest(key, NP: tl.constexpr, SIZE: tl.constexpr, FIRST: tl.constexpr = 0):
+    """The largest of SIZE int64 keys, falling, in [NP] from place FIRST on, -1 elsewhere and where there are fewer. Keys differ but for those of -1, which
+    count nothing."""
+    slot = tl.arange(0, NP) - FIRST
     if SIZE <= 128:  # every key is compared with every other: one exchange between threads where sorting has dozens
         rank = tl.sum((key[:, None] > key[None, :]).to(tl.int32), 0)
         return tl.max(tl.where(rank[None, :] == slot[:, None], key[None, :], -1), 1)
@@ -232,12 +280,14 @@ def decode_selected(
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr, NEAR_SPLITS: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, CANDIDATES_SPAN: tl.constexpr,
-    QUANTIZED: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr, NATIVE: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid [SPLITS, B * HKV]. best int64 [B * HKV, CANDIDATES] as `decode_rank` left them; chosen int32 [B, HKV, N]; near: the window's parts, NEAR_SPLITS of
     them. QUANTIZED: pages hold e4m3 with a scale for each row, and the blocks that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens
-    instead."""
+    instead. Queries and e4m3 are multiplied in float16, which holds both to the bit (in float32 where queries are; NATIVE: they are not, and this is a GPU).
+    A key's scale multiplies its score. log2 of a value's is added to it: so weights are for what is stored and at most 1, whatever the scales, and their sum
+    takes it back."""
     TOKENS: tl.constexpr = ROWS * STRIDE  # of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -246,6 +296,16 @@ def decode_selected(
         gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     queries = _queries(q, pair, G, GP, DK, DKP)
+    mine = (length - 1) // SELECT
+    PARTS: tl.constexpr = (SELECT + TILE - 1) // TILE  # tiles of a block; a tile has at least 16 rows, a block may have 8
+    BLOCKS: tl.constexpr = RECENT // SELECT  # of a ring
+    LINES: tl.constexpr = min(TILE, SELECT)
+    if QUANTIZED and PDL:
+        # No loop loads ahead from rings, so that each of these would be waited for. The newest are forced, whatever is chosen.
+        for unit in range(split, LOCAL * PARTS, SPLITS):
+            at = (pair * BLOCKS + tl.maximum(mine - unit // PARTS, 0) % BLOCKS) * SELECT + unit % PARTS * TILE
+            _fetch_ahead(k_recent + at * DK, LINES * DK, LINES * DKP)
+            _fetch_ahead(v_recent + at * DV, LINES * DV, LINES * DVP)
     acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
@@ -263,48 +323,86 @@ def decode_selected(
     if PDL:
         gdc_wait()
     slots = tl.arange(0, NP)
-    mine = (length - 1) // SELECT
+    # Newest first: what is read from rings is not loaded ahead, and so waits beside the first tiles of the pages, for which a program waits anyway.
     if mine < N:
-        found = tl.where((slots <= mine) & (length > 0), slots, -1)
-    else:  # the most important, then the forced ones
+        found = tl.where(length > 0, mine - slots, -1)
+    else:  # the forced ones of the newest, the most important, the other forced ones
         FREE: tl.constexpr = N - INITIAL - LOCAL
-        found = slots - FREE + tl.where(slots < FREE + INITIAL, 0, mine - LOCAL + 1 - INITIAL)
+        found = tl.where(slots < LOCAL, mine - slots, slots - LOCAL - FREE)
         if FREE > 0:
             number = tl.arange(0, CANDIDATES_SPAN)
             key = tl.load(best + pair * CANDIDATES + number, mask=number < CANDIDATES, other=-1)
-            free = _largest(key, NP, CANDIDATES_SPAN)  # at least FREE: a sequence that has so many blocks has not fewer to choose from
-            found = tl.where(slots < FREE, 0x7FFFFFFF - (free & 0xFFFFFFFF).to(tl.int32), found)
-    found = tl.where(slots < N, found, -1)
+            free = _largest(key, NP, CANDIDATES_SPAN, LOCAL)  # at least FREE: a sequence that has so many blocks has not fewer to choose from
+            found = tl.where((slots >= LOCAL) & (slots < LOCAL + FREE), 0x7FFFFFFF - (free & 0xFFFFFFFF).to(tl.int32), found)
+    found = tl.where(slots < N, tl.maximum(found, -1), -1)
     if split == 0:
         tl.store(chosen + pair * N + slots, found, mask=slots < N)
     acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    PARTS: tl.constexpr = (SELECT + TILE - 1) // TILE  # tiles of a block; a tile has at least 16 rows, a block may have 8
     row = tl.arange(0, TILE)
-    places = tl.load(pages + sequence * max_pages + tl.maximum(found, 0) * SELECT // TOKENS, mask=found >= 0, other=0)
-    for unit in tl.range(split, N * PARTS, SPLITS, num_stages=STAGES):
-        slot = unit // PARTS
-        line = unit % PARTS * TILE + row  # of the block
-        block = tl.max(tl.where(slots == slot, found, -1), 0)
-        inside = (block >= 0) & (block * SELECT + line < length) & (line < SELECT)
-        first = tl.maximum(block, 0) * SELECT
-        page = tl.max(tl.where(slots == slot, places, 0), 0).to(tl.int64)
-        at = (page * HKV + pair % HKV) * TOKENS + first % TOKENS + line
-        if QUANTIZED:
-            # From its page or from the ring, without a branch, in which nothing would be loaded ahead: what is not there is not read and counts as 0.
-            old = inside & ((block + 1) * SELECT <= length - THRESHOLD)
-            new = inside & ((block + 1) * SELECT > length - THRESHOLD)
-            ring = pair * RECENT + first % RECENT + line
-            small_keys = _tile(k_slc, at, old, DK, DKP).to(queries.dtype)
-            small_values = _tile(v_slc, at, old, DV, DVP).to(queries.dtype)
-            keys = _tile(k_recent, ring, new, DK, DKP)
-            values = _tile(v_recent, ring, new, DV, DVP)
-            s = tl.dot(queries, tl.trans(small_keys), input_precision=PRECISION) * tl.load(k_scale + at, mask=old, other=0.0).to(tl.float32)[None, :]
-            s = add_dot(queries, tl.trans(keys), s, PRECISION) * scale
-            factor = tl.load(v_scale + at, mask=old, other=0.0).to(tl.float32)
-            acc, peak, total = _step_of_two(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), small_values, factor, values, PRECISION)
-        else:
+    block = tl.maximum(found, 0)
+    places = tl.load(pages + sequence * max_pages + block * SELECT // TOKENS, mask=found >= 0, other=0)
+    if QUANTIZED:  # while that is under way
+        small_queries, back = queries, 1.0
+        if PRECISION != "ieee":
+            small_queries, back = _to_float16(queries)
+        even_queries, odd_queries = tl.split(tl.reshape(small_queries, [GP, DKP // 2, 2]))
+    places = (places * HKV + (pair % HKV).to(tl.int32)) * (TOKENS // SELECT) + block % (TOKENS // SELECT)  # in blocks, which int32 counts
+    kinds = tl.where(found >= 0, tl.minimum(length - block * SELECT, SELECT), 0)  # rows that are there, negative in a ring
+    if QUANTIZED:
+        recent = found >= (length - THRESHOLD) // SELECT
+        kinds = tl.where(recent, -kinds, kinds)
+        places = tl.where(recent, pair.to(tl.int32) * BLOCKS + block % BLOCKS, places)
+        if PDL:
+            for unit in range(split + SPLITS, N * PARTS, SPLITS):
+                kind, place = _find(unit, kinds, places, PARTS, NP)
+                if kind < 0:
+                    at = place.to(tl.int64) * SELECT + unit % PARTS * TILE
+                    _fetch_ahead(k_recent + at * DK, LINES * DK, LINES * DKP)
+                    _fetch_ahead(v_recent + at * DV, LINES * DV, LINES * DVP)
+        # Sums over what lies in pages are apart from those over rings, whose weights are of another size.
+        even = tl.zeros([GP, DVP // 2], tl.float32)
+        odd = tl.zeros([GP, DVP // 2], tl.float32)
+        small_peak, small_total = peak, total
+        key_pairs = k_slc.to(tl.pointer_type(tl.int16), bitcast=True)
+        value_pairs = v_slc.to(tl.pointer_type(tl.int16), bitcast=True)
+        for unit in tl.range(split, N * PARTS, SPLITS, num_stages=STAGES):
+            line = unit % PARTS * TILE + row
+            kind, place = _find(unit, kinds, places, PARTS, NP)
+            at = place.to(tl.int64) * SELECT + line
+            # Of a block in the pages all rows are there, though a tile may be longer. The mask is alike for neighbours, whose scales so are loaded together:
+            # less than four bytes Triton does not load ahead.
+            stored = (line < SELECT) & (kind > 0)
+            small_keys = _tile(key_pairs, at, stored, DK // 2, DKP // 2)
+            small_values = _tile(value_pairs, at, stored, DV // 2, DVP // 2)
+            factor = tl.load(k_scale + at, mask=stored, other=0.0).to(tl.float32) * (scale * back)
+            bonus = _log2(tl.load(v_scale + at, mask=stored, other=1.0).to(tl.float32), NATIVE)
+            if kind > 0:
+                even_keys, odd_keys = _widen(small_keys, small_queries.dtype, NATIVE)
+                even_values, odd_values = _widen(small_values, small_queries.dtype, NATIVE)
+                s = tl.dot(even_queries, tl.trans(even_keys), input_precision=PRECISION)
+                s = add_dot(odd_queries, tl.trans(odd_keys), s, PRECISION) * factor[None, :] + bonus[None, :]
+                if SELECT % TILE:
+                    s = tl.where((line < SELECT)[None, :], s, float("-inf"))
+                even, odd, small_peak, small_total = _step_of_halves(
+                    even, odd, small_peak, small_total, s, tl.exp2(-bonus)[None, :], even_values, odd_values, PRECISION
+                )
+            elif kind < 0:
+                inside = line < -kind
+                keys, values = _tile(k_recent, at, inside, DK, DKP), _tile(v_recent, at, inside, DV, DVP)
+                t = tl.where(inside[None, :], tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale, float("-inf"))
+                acc, peak, total = _step(acc, peak, total, t, values, PRECISION)
+        last_peak = tl.maximum(peak, small_peak)
+        fade, small_fade = tl.exp2(peak - _safe(last_peak)), tl.exp2(small_peak - _safe(last_peak))
+        acc = acc * fade[:, None] + tl.interleave(even * small_fade[:, None], odd * small_fade[:, None])
+        peak, total = last_peak, total * fade + small_total * small_fade
+    else:
+        for unit in tl.range(split, N * PARTS, SPLITS, num_stages=STAGES):
+            rows, place = _find(unit, kinds, places, PARTS, NP)
+            line = unit % PARTS * TILE + row
+            at = place.to(tl.int64) * SELECT + line
+            inside = line < rows
             s = tl.dot(queries, tl.trans(_tile(k_slc, at, inside, DK, DKP)), input_precision=PRECISION) * scale
             acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), _tile(v_slc, at, inside, DV, DVP), PRECISION)
     _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
