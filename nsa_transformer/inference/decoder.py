@@ -27,6 +27,10 @@ class Decoder:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self._recorded = why_not_recorded(model, cache) is None
+        if self._recorded:  # so nobody wants gradients
+            for block in model.layers:
+                assert isinstance(block, Block)
+                block.attention.projections.join()
         self._tokens: Tensor | None = None
         self._moves = 0
         self._seen: set[bool] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_transformer.config import ModelConfig, NSAConfig
-from nsa_transformer.kernels import CompressionWeights, compress_blocks, nsa_attention
+from nsa_transformer.kernels import CompressionWeights, compress_blocks, few_rows, nsa_attention
 from nsa_transformer.kernels.decode import nsa_decode
 from nsa_transformer.kernels.paged import NewRows
 from nsa_transformer.models.cache import DenseLayerCache, LayerView, SparseLayerCache
@@ -84,6 +84,7 @@ class NativeSparseAttention(nn.Module):
         self.k_compress = BlockCompressor(head_dim, config)
         self.v_compress = BlockCompressor(self.head_dim_v, config)
         self.gate = GateMLP(hidden_size, num_heads)
+        self.projections = Projections((self.q_proj, self.k_proj, self.v_proj, self.gate.up))
         self.attend: Callable[..., Tensor] = nsa_attention  # type: ignore[assignment]
         self.decode: Callable[..., Tensor] = nsa_decode  # type: ignore[assignment]
         self.backend = "auto"  # of the compression and the attention, as `nsa_attention` takes it
@@ -100,11 +101,12 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}; give [T, {self.q_proj.in_features}], packed tokens without a batch axis")
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
-        q = layout.rotation(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
-        k_cmp, k_turning = self.k_proj(x).unflatten(-1, (3 * self.num_kv_heads, self.head_dim)).split((self.num_kv_heads, 2 * self.num_kv_heads), dim=1)
+        q, k, v, hidden = self.projections(x)
+        q = layout.rotation(q.unflatten(-1, (self.num_heads, self.head_dim)))
+        k_cmp, k_turning = k.unflatten(-1, (3 * self.num_kv_heads, self.head_dim)).split((self.num_kv_heads, 2 * self.num_kv_heads), dim=1)
         k_slc, k_win = layout.rotation(k_turning).chunk(2, dim=1)
-        v_cmp, v_slc, v_win = self.v_proj(x).unflatten(-1, (3, self.num_kv_heads, self.head_dim_v)).unbind(1)
-        gates = self.gate(x)
+        v_cmp, v_slc, v_win = v.unflatten(-1, (3, self.num_kv_heads, self.head_dim_v)).unbind(1)
+        gates = self.gate.of(hidden)
         if cache is None:
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, layout.cmp_rows, layout.cu_seqlens)
             keys_values = (layout.cmp_rotation(k_cmp), v_cmp, k_slc, v_slc, k_win, v_win)
@@ -151,8 +153,37 @@ class GateMLP(nn.Module):
         self.down = nn.Linear(width, 3 * num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        score = self.down(F.silu(self.up(x)))
+        return self.of(self.up(x))
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """Behind the first product."""
+        if few_rows.few_rows(hidden, self.down.weight):
+            return few_rows.gates(hidden, self.down.weight, self.down.bias).unflatten(-1, (self.num_heads, 3))
+        score = self.down(F.silu(hidden))
         return score.to(torch.promote_types(score.dtype, torch.float32)).sigmoid().unflatten(-1, (self.num_heads, 3))
+
+
+class Projections:
+    """Linear layers without bias of the same input. `join` makes one product of them, for the few rows of decoding, where each costs a launch: their weights
+    become parts of one tensor. That ends where a weight is moved elsewhere."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._layers = layers
+        self._joined: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """x `[T, hidden]` to `[T, width]` of each."""
+        joined = self._joined
+        if joined is None or any(layer.weight.untyped_storage().data_ptr() != joined.untyped_storage().data_ptr() for layer in self._layers):
+            return [layer(x) for layer in self._layers]
+        return F.linear(x, joined).split([len(layer.weight) for layer in self._layers], dim=-1)
+
+    def join(self) -> None:
+        """Nobody may want gradients of the weights."""
+        assert not any(layer.weight.requires_grad or layer.bias is not None for layer in self._layers)
+        self._joined = torch.cat([layer.weight.detach() for layer in self._layers])
+        for layer, part in zip(self._layers, self._joined.split([len(layer.weight) for layer in self._layers]), strict=True):
+            layer.weight.data = part
 
 
 class DenseAttention(nn.Module):
@@ -166,14 +197,16 @@ class DenseAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim_v, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim_v, config.hidden_size, bias=False)
+        self.projections = Projections((self.q_proj, self.k_proj, self.v_proj))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerView | None = None) -> Tensor:
         """As `NativeSparseAttention.forward`."""
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
-        q = layout.rotation(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
-        k = layout.rotation(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim_v))
+        q, k, v = self.projections(x)
+        q = layout.rotation(q.unflatten(-1, (self.num_heads, self.head_dim)))
+        k = layout.rotation(k.unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim_v))
         if cache is None:
             out = packed_attention(q, k, v, layout.cu_seqlens, self.window)
         else:

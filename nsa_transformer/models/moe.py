@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_transformer.config import MoEConfig
-from nsa_transformer.kernels import experts
+from nsa_transformer.kernels import experts, few_rows
 
 # Takes `experts`, w13 and w2, and returns what the experts make of tokens that were dispatched, [T, hidden].
 Arrive = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
@@ -97,6 +97,11 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `[T, hidden]` to indices int64 `[T, k]`, weights float32 `[T, k]`, logits float32 `[T, E]`."""
+        config = self.config
+        if not config.forced_balance and few_rows.few_rows(x, self.weight):
+            sigmoid = config.score == "sigmoid"
+            kinds = {"top_k": config.top_k, "num_groups": config.num_groups, "top_groups": config.top_groups}
+            return few_rows.route(x, self.weight, self.bias, **kinds, sigmoid=sigmoid, scaling=config.routed_scaling)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
         scores = self._scores(logits)

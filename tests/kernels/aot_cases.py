@@ -1,5 +1,5 @@
-"""The launches that `tests/kernels/aot.py` compiles: forward and backward of the attention, of φ, of the experts and of the rotary embedding, per kind of
-model with its own tiles."""
+"""The launches that `tests/kernels/aot.py` compiles: forward and backward of the attention, of φ, of the experts and of the rotary embedding, and what a few
+rows take, per kind of model with its own tiles."""
 
 from __future__ import annotations
 
@@ -121,6 +121,15 @@ def rotary(width: int, heads: int, dtype: torch.dtype) -> None:
     kernels.rotate(kernels.rotate(x, angle, angle, False), angle, angle, True)
 
 
+def few_rows(tokens: int, hidden: int, experts: int, top_k: int, groups: int, heads: int, dtype: torch.dtype) -> None:
+    """Router and gates of a step of decoding."""
+    from nsa_transformer.kernels.triton import few_rows as kernels
+
+    bias = torch.empty(experts)
+    kernels.route(torch.empty(tokens, hidden, dtype=dtype), torch.empty(experts, hidden, dtype=dtype), bias, top_k, groups, min(groups, 4), True, 2.5)
+    kernels.gates(torch.empty(tokens, hidden // 4, dtype=dtype), torch.empty(3 * heads, hidden // 4, dtype=dtype), torch.empty(3 * heads, dtype=dtype))
+
+
 def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
@@ -153,6 +162,9 @@ def cases() -> list[Case]:
         Case("phi bf16 128", partial(compression, 128, 128, half)),
         Case("phi bf16 192/128, blocks of 128", partial(compression, 192, 128, half, NSAConfig(128, 16, 128), 3), slow=True),
         Case("phi f32 256, one head", partial(compression, 256, 256, full, NSAConfig(64, 64, 64), 1), slow=True),
+        Case("few rows bf16", partial(few_rows, 32, 1024, 64, 6, 1, 32, half)),
+        Case("few rows bf16, 256 experts in groups", partial(few_rows, 2, 7168, 256, 8, 8, 128, half), slow=True),
+        Case("few rows f32", partial(few_rows, 2, 1024, 64, 6, 1, 32, full), slow=True),
         Case("rotary bf16 128", partial(rotary, 128, 4, half)),
         Case("rotary bf16 192, odd heads", partial(rotary, 192, 3, half), slow=True),
         Case("rotary f32 64", partial(rotary, 64, 4, full), slow=True),
