@@ -30,7 +30,7 @@ class Decoder:
         if self._recorded:  # so nobody wants gradients
             for block in model.layers:
                 assert isinstance(block, Block)
-                block.attention.projections.join()
+                block.attention.join_projections()
         self._tokens: Tensor | None = None
         self._moves = 0
         self._seen: set[bool] = set()

@@ -129,13 +129,13 @@ def _decode_all(
     generators: Sequence[torch.Generator],
 ) -> Iterator[tuple[int, int]]:
     device = next(model.parameters()).device
+    decoder = Decoder(model, cache)  # before the prefill: it changes where weights lie, and by that last bits of what they give
     logits = _prefill(model, cache, prompts, device)
     seen = None
     if sampling.repetition_penalty != 1:
         seen = torch.zeros(len(prompts), logits.shape[-1], dtype=torch.bool, device=device)
         for number, prompt in enumerate(prompts):
             seen[number, torch.tensor(prompt, device=device)] = True
-    decoder = Decoder(model, cache)
     live = list(range(len(prompts)))
     tokens = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     for turn in range(max_new_tokens):

@@ -13,10 +13,18 @@ from nsa_transformer.kernels.dispatch import device_refuses
 MAX_ROWS = 256  # a program per row and strip streams the weights again for each row; for more, torch's products are less
 
 
+DEVICES = ("cuda",)  # and not the CPU where Triton interprets its kernels: every small model would wait for that
+
+
 def few_rows(x: Tensor, *weights: Tensor) -> bool:
     """Whether `route` and `gates` take x `[T, …]`: a few rows, on a device of the kernels, of which nobody wants a gradient."""
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    return not (wanted or torch.compiler.is_compiling()) and x.shape[0] <= MAX_ROWS and all(device_refuses(t, "x") is None for t in (x, *weights))
+    return (
+        not (wanted or torch.compiler.is_compiling())
+        and x.shape[0] <= MAX_ROWS
+        and x.device.type in DEVICES
+        and all(device_refuses(t, "x") is None for t in (x, *weights))
+    )
 
 
 def route(

@@ -84,13 +84,17 @@ class NativeSparseAttention(nn.Module):
         self.k_compress = BlockCompressor(head_dim, config)
         self.v_compress = BlockCompressor(self.head_dim_v, config)
         self.gate = GateMLP(hidden_size, num_heads)
-        self.projections = Projections((self.q_proj, self.k_proj, self.v_proj, self.gate.up))
+        self._projections = Projections()
         self.attend: Callable[..., Tensor] = nsa_attention  # type: ignore[assignment]
         self.decode: Callable[..., Tensor] = nsa_decode  # type: ignore[assignment]
         self.backend = "auto"  # of the compression and the attention, as `nsa_attention` takes it
         # As a part of `Transformer` these are drawn again, from its seed.
         for parameter in (p for c in (self.k_compress, self.v_compress) for n, p in c.named_parameters() if n == "position"):
             nn.init.normal_(parameter, std=0.02)
+
+    def join_projections(self) -> None:
+        """Make one product of the layers that x goes through first, wherever a cache is given (`Projections`)."""
+        self._projections.join(self.q_proj, self.k_proj, self.v_proj, self.gate.up)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerView | None = None) -> Tensor:
         """x `[T, hidden]` packed by `cu_seqlens` (int32 `[num_docs + 1]`; None: one document): `[T, hidden]`.
@@ -101,12 +105,16 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}; give [T, {self.q_proj.in_features}], packed tokens without a batch axis")
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
-        q, k, v, hidden = self.projections(x)
+        joined = None if cache is None else self._projections(x, self.q_proj, self.k_proj, self.v_proj, self.gate.up)
+        if joined is None:
+            q, k, v, gates = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.gate(x)
+        else:
+            q, k, v, hidden = joined
+            gates = self.gate.of(hidden)
         q = layout.rotation(q.unflatten(-1, (self.num_heads, self.head_dim)))
         k_cmp, k_turning = k.unflatten(-1, (3 * self.num_kv_heads, self.head_dim)).split((self.num_kv_heads, 2 * self.num_kv_heads), dim=1)
         k_slc, k_win = layout.rotation(k_turning).chunk(2, dim=1)
         v_cmp, v_slc, v_win = v.unflatten(-1, (3, self.num_kv_heads, self.head_dim_v)).unbind(1)
-        gates = self.gate.of(hidden)
         if cache is None:
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, layout.cmp_rows, layout.cu_seqlens)
             keys_values = (layout.cmp_rotation(k_cmp), v_cmp, k_slc, v_slc, k_win, v_win)
@@ -164,26 +172,35 @@ class GateMLP(nn.Module):
 
 
 class Projections:
-    """Linear layers without bias of the same input. `join` makes one product of them, for the few rows of decoding, where each costs a launch: their weights
-    become parts of one tensor. That ends where a weight is moved elsewhere."""
+    """Linear layers without bias of the same input as one product, for the few rows of decoding, where each costs a launch: their weights become parts of one
+    tensor. That ends where a weight is moved elsewhere, or something else takes the place of a layer. Layers are given anew each time for that."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self._layers = layers
+    def __init__(self) -> None:
         self._joined: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """x `[T, hidden]` to `[T, width]` of each."""
-        joined = self._joined
-        if joined is None or any(layer.weight.untyped_storage().data_ptr() != joined.untyped_storage().data_ptr() for layer in self._layers):
-            return [layer(x) for layer in self._layers]
-        return F.linear(x, joined).split([len(layer.weight) for layer in self._layers], dim=-1)
+    def __call__(self, x: Tensor, *layers: nn.Module) -> Sequence[Tensor] | None:
+        """x `[T, hidden]` to `[T, width]` of each, or None where they are not joined, or somebody wants to know of each: its gradient, or by a hook."""
+        if self._joined is None or not all(self._plain(layer) for layer in layers):
+            return None
+        return F.linear(x, self._joined).split([len(layer.weight) for layer in layers], dim=-1)  # type: ignore[arg-type]
 
-    def join(self) -> None:
-        """Nobody may want gradients of the weights."""
-        assert not any(layer.weight.requires_grad or layer.bias is not None for layer in self._layers)
-        self._joined = torch.cat([layer.weight.detach() for layer in self._layers])
-        for layer, part in zip(self._layers, self._joined.split([len(layer.weight) for layer in self._layers]), strict=True):
+    def join(self, *layers: nn.Linear) -> None:
+        """Nobody may want gradients of the weights. Those that are one tensor already stay where they are: a recorded step reads them there."""
+        assert not any(layer.weight.requires_grad or layer.bias is not None for layer in layers)
+        if self._joined is not None and all(self._lies_in(layer.weight) for layer in layers):
+            return
+        self._joined = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, self._joined.split([len(layer.weight) for layer in layers]), strict=True):
             layer.weight.data = part
+
+    def _plain(self, layer: nn.Module) -> bool:
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            return False
+        return self._lies_in(layer.weight) and not (layer.weight.requires_grad and torch.is_grad_enabled())
+
+    def _lies_in(self, weight: Tensor) -> bool:
+        assert self._joined is not None
+        return weight.untyped_storage().data_ptr() == self._joined.untyped_storage().data_ptr()
 
 
 class DenseAttention(nn.Module):
@@ -197,13 +214,18 @@ class DenseAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim_v, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim_v, config.hidden_size, bias=False)
-        self.projections = Projections((self.q_proj, self.k_proj, self.v_proj))
+        self._projections = Projections()
+
+    def join_projections(self) -> None:
+        """As `NativeSparseAttention.join_projections`."""
+        self._projections.join(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerView | None = None) -> Tensor:
         """As `NativeSparseAttention.forward`."""
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
-        q, k, v = self.projections(x)
+        joined = None if cache is None else self._projections(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = joined or (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = layout.rotation(q.unflatten(-1, (self.num_heads, self.head_dim)))
         k = layout.rotation(k.unflatten(-1, (self.num_kv_heads, self.head_dim)))
         v = v.unflatten(-1, (self.num_kv_heads, self.head_dim_v))

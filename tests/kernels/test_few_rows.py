@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, in float32 and float16.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +37,13 @@ CONFIGS = [
     MoEConfig(num_experts=1, top_k=1),
     MoEConfig(num_experts=70, top_k=6),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreted_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "DEVICES", ("cuda", "cpu"))
+        yield
 
 
 def router_of(config: MoEConfig, hidden: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Router:
@@ -124,6 +132,9 @@ def test_who_is_left_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert few_rows.few_rows(x, weight.clone().requires_grad_())
     assert not few_rows.few_rows(x.double(), weight) and not few_rows.few_rows(x, weight.double())
+    monkeypatch.setattr(few_rows, "DEVICES", ("xpu",))
+    assert not few_rows.few_rows(x, weight)
+    monkeypatch.undo()
     monkeypatch.setattr(few_rows, "MAX_ROWS", 2)
     assert not few_rows.few_rows(x, weight)
     turns = Router(8, MoEConfig(num_experts=4, top_k=2, forced_balance=True)).to(DEVICE).requires_grad_(False)

@@ -1,45 +1,89 @@
-"""The projections of an attention layer as one product."""
+"""The projections of an attention layer as one product, where tokens go through a cache."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from nsa_transformer.models.attention import DenseAttention, NativeSparseAttention
-from nsa_transformer.models.rope import RotaryEmbedding
+from nsa_transformer.models.transformer import Block, Transformer
 
-from .small import small_config
+from .small import small_model
+
+KINDS = ["nsa", "dense"]
 
 
-@pytest.mark.parametrize("kind", [NativeSparseAttention, DenseAttention])
-def test_joined_projections_are_the_same_layers(kind: type) -> None:
-    config = small_config()
-    rope = RotaryEmbedding(config.head_dim)
-    torch.manual_seed(0)
-    if kind is DenseAttention:
-        layer = DenseAttention(config, rope, None)
-    else:
-        layer = NativeSparseAttention(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.nsa, rope=rope)
-    layer = layer.requires_grad_(False)
-    x = torch.randn(70, config.hidden_size)
-    wanted, weights = layer(x), {name: value.clone() for name, value in layer.state_dict().items()}
-    layer.projections.join()
-    layer.projections.join()  # by the next decoder
-    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+def frozen(kind: str) -> Transformer:
+    return small_model(attention=kind).eval().requires_grad_(False)
+
+
+def attention_of(model: Transformer) -> NativeSparseAttention | DenseAttention:
+    block = model.layers[0]
+    assert isinstance(block, Block) and isinstance(block.attention, NativeSparseAttention | DenseAttention)
+    return block.attention
+
+
+def cached(model: Transformer, count: int = 70) -> Tensor:
+    return model(torch.arange(count) % model.config.vocab_size, cache=model.new_cache())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_projections_are_the_same_layers(kind: str) -> None:
+    model = frozen(kind)
+    layer = attention_of(model)
+    wanted, weights = cached(model), {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.join_projections()
+    place = layer.q_proj.weight.data_ptr()
+    layer.join_projections()  # by the next decoder
+    assert layer.q_proj.weight.data_ptr() == place, "a step that was recorded before reads the weights where they were"
+    torch.testing.assert_close(cached(model), wanted, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(value, weights[name]) for name, value in layer.state_dict().items())
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in layer.parameters()}
     assert sum(held.values()) == sum(p.nbytes for p in layer.parameters()), "no weight is held twice"
     layer.q_proj.weight.zero_()  # what is written into a weight counts
-    assert not torch.allclose(layer(x), wanted)
+    assert not torch.allclose(cached(model), wanted)
     layer.load_state_dict(weights)
     layer.q_proj.weight.data = layer.q_proj.weight.clone()  # and where it lies elsewhere
-    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cached(model), wanted, rtol=1e-5, atol=1e-6)
     layer.q_proj.weight.zero_()
-    assert not torch.allclose(layer(x), wanted)
+    assert not torch.allclose(cached(model), wanted)
 
 
-def test_projections_that_want_gradients_are_not_joined() -> None:
-    config = small_config()
-    layer = NativeSparseAttention(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.nsa)
+class Doubled(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_takes_the_place_of_a_layer_counts(kind: str) -> None:
+    model = frozen(kind)
+    layer = attention_of(model)
+    layer.join_projections()
+    before = cached(model)
+    layer.v_proj = Doubled(layer.v_proj)  # type: ignore[assignment]
+    wanted = frozen(kind)
+    attention_of(wanted).v_proj.weight.mul_(2)
+    torch.testing.assert_close(cached(model), cached(wanted), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(cached(model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_and_gradients_see_each_layer(kind: str) -> None:
+    model = frozen(kind)
+    layer = attention_of(model)
+    layer.join_projections()
+    seen: list[str] = []
+    handle = layer.k_proj.register_forward_hook(lambda *_: seen.append("k"))
+    cached(model)
+    handle.remove()
+    assert seen == ["k"]
+    model.requires_grad_(True)
     with pytest.raises(AssertionError):
-        layer.projections.join()
+        layer.join_projections()
+    cached(model).sum().backward()
+    assert all(p.grad is not None for p in (layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight))
