@@ -16,9 +16,6 @@ MOST_PAIRS = 65535  # of sequences and key/value heads, CUDA's limit for the sec
 BESIDE = 16 << 10  # bytes of shared memory for what is not tiles of keys and values
 MOST_SPLITS = 64
 STRETCH = 128  # blocks that a program of `decode_rank` compares, or as many more as leave no more than
-import os
-FLAGS = os.environ.get("FLAGS", "0") == "1"
-RANK_WARPS = int(os.environ.get("RANK_WARPS", "0"))
 CANDIDATES = 128  # blocks of a pair to `decode_selected`
 
 
@@ -38,16 +35,15 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
     near_splits = min(cache.k_win.shape[2] // 64, chosen_splits)
     group_rows, kept = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(config.num_selected)
-    compared = max(blocks, min(STRETCH, 8192 // group_rows))  # blocks at once, of whole pages, as registers allow
-    stretch = max(STRETCH, blocks, triton.next_power_of_2(triton.cdiv(max_pages * blocks, max(1, CANDIDATES // kept))))
+    compared = min(STRETCH, 8192 // group_rows)  # blocks at once, as registers allow
+    stretch = max(STRETCH, triton.next_power_of_2(triton.cdiv(max_pages * blocks, max(1, CANDIDATES // kept))))
     stretches = triton.cdiv(max_pages * blocks, stretch)
     # One piece of memory for what the kernels hand on, each part beginning at a multiple of 128 bytes.
-    counts = [2 * pairs * stretches * kept, pairs * group * max_pages * (blocks + 2), pairs * splits, pairs * stretches]
+    counts = [2 * pairs * stretches * kept, pairs * group * max_pages * blocks, *[pairs * group * max_pages] * 2]
     for count in (splits, near_splits, chosen_splits):
         counts += [pairs * count * group * dv, *[pairs * count * group] * 2]
     room = [-(-count // 32) * 32 for count in counts]
-    best, notes, scanned, ranked, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
-    scanned, ranked = scanned.view(torch.int32), ranked.view(torch.int32)
+    best, shares, spills, peaks, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
     scan, near, part = parts[:3], parts[3:6], parts[6:]
     chosen = torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
     out = q.new_empty(sequences, heads, dv)
@@ -66,25 +62,24 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     runs = {"STRIDE": config.compress_stride, "SELECT": config.select_block}
     choice = {"N": config.num_selected, "NP": kept, "INITIAL": config.num_initial, "LOCAL": config.num_local}
     launch = {"PDL": pdl, "launch_pdl": pdl}
-    flags = {"FLAGS": pdl and FLAGS and config.num_selected > config.num_initial + config.num_local and pairs >= 32}
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
-        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, notes, *scan, scanned, scale * LOG2E, max_pages, BLOCK=config.compress_block,
-        SPLITS=splits, STAGES=stages, num_warps=4, **heads_of, **runs, **shape, **launch, **flags,
+        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
+        SPLITS=splits, STAGES=stages, num_warps=4, **heads_of, **runs, **shape, **launch,
     )  # fmt: skip
     if config.num_selected > config.num_initial + config.num_local:  # else all are forced
         decode_rank[(stretches, pairs)](
-            notes, cache.lengths, scan[1], scan[2], best.view(torch.int64), scanned, ranked, max_pages, BLOCK=config.compress_block, STRETCH=stretch,
-            SIZE=compared, num_warps=RANK_WARPS or min(4, max(1, compared * group_rows // 2048)), **heads_of, **runs, **choice, **scan_span, **launch, **flags,
+            shares, spills, peaks, cache.lengths, scan[1], scan[2], best.view(torch.int64), max_pages, BLOCK=config.compress_block, STRETCH=stretch,
+            SIZE=compared, num_warps=4, **heads_of, **runs, **choice, **scan_span, **launch,
         )  # fmt: skip
     decode_selected[(chosen_splits, pairs)](
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,
-        best.view(torch.int64), *near, *part, chosen, ranked, scale * LOG2E, max_pages, WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits,
+        best.view(torch.int64), *near, *part, chosen, scale * LOG2E, max_pages, WINDOW=config.window, RING=cache.k_win.shape[2], NEAR_SPLITS=near_splits,
         SPLITS=chosen_splits, CANDIDATES=stretches * kept, CANDIDATES_SPAN=triton.next_power_of_2(stretches * kept), QUANTIZED=quantized,
         NATIVE=not full and not triton.knobs.runtime.interpret, STAGES=stages, THRESHOLD=cache.threshold,
         RECENT=cache.k_recent.shape[2] if cache.k_recent is not None else 0,
         TILE=max(16, min(config.select_block, tile)), num_warps=8 if full and padded + widths["DVP"] > 256 else 4,
-        **heads_of, **runs, **choice, **shape, **launch, **flags, STRETCHES=stretches,
+        **heads_of, **runs, **choice, **shape, **launch,
     )  # fmt: skip
     decode_combine[(pairs * group,)](
         gates, *scan, *near, *part, out, G=group, NEAR_SPLITS=near_splits, NEAR_SPAN=triton.next_power_of_2(near_splits),

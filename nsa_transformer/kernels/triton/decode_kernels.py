@@ -22,37 +22,6 @@ ROWS = tl.constexpr(64)  # compressed keys of a page, and keys of a tile of the 
 
 
 @triton.jit
-def _fence():
-    tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _lower(flag):
-    """Takes a program's flag down before any kernel that looks at it begins."""
-    tl.atomic_xchg(flag, 0, sem="relaxed")
-    _fence()
-    tl.debug_barrier()
-
-
-@triton.jit
-def _raise(flag):
-    """Says that all a program wrote is there."""
-    tl.debug_barrier()
-    tl.atomic_xchg(flag, 1, sem="release")
-
-
-@triton.jit
-def _await(flags, COUNT: tl.constexpr):
-    """Waits until COUNT flags are up, and sees what was written before they were."""
-    for k in tl.static_range(COUNT):
-        up = tl.load(flags + k, volatile=True)
-        while up == 0:
-            up = tl.load(flags + k, volatile=True)
-    _fence()
-    tl.debug_barrier()
-
-
-@triton.jit
 def _queries(q, pair, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr):
     """The queries [GP, DKP] of a pair of sequence and key/value head; rows past G are 0."""
     head = tl.arange(0, GP)
@@ -156,47 +125,41 @@ def _store_part(acc, peak, total, part_out, part_peak, part_sum, part, G: tl.con
 
 
 @triton.jit
-def _load_sums(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
-    """Largest scores and sums [SPAN, GP] of COUNT splits from `first` on (SPAN: the power of two from COUNT on)."""
+def _log_sum(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
+    """log2 sum exp [GP] over COUNT splits from `first` on (SPAN: the power of two from COUNT on), +inf for a row that saw nothing."""
     head = tl.arange(0, GP)
     split = tl.arange(0, SPAN)
     there = (split < COUNT)[:, None] & (head < G)[None, :]
     at = (first + split)[:, None] * G + head[None, :]
-    return tl.load(part_peak + at, mask=there, other=float("-inf")), tl.load(part_sum + at, mask=there, other=0.0)
-
-
-@triton.jit
-def _log_sum(peaks, sums):
-    """log2 sum exp [GP] over splits, +inf for a head that saw nothing."""
+    peaks = tl.load(part_peak + at, mask=there, other=float("-inf"))
+    sums = tl.load(part_sum + at, mask=there, other=0.0)
     shift = _safe(tl.max(peaks, 0))
     total = tl.sum(tl.exp2(peaks - shift[None, :]) * sums, 0)
     return tl.where(total > 0, shift + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
 
 
 @triton.jit
-def _importance(peaks, sums, notes, pair, first, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+def _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
     """How much probability falls on each of SIZE blocks from `first` on, summed over the heads: [SIZE]. A block has what its page's keys give it and, as the
-    first of its page, what the last key of the page before spills into it; each relative to the largest score seen when it was computed. `peaks` and `sums` are
-    the splits'; all that depends on no other is loaded first."""
-    PAGES: tl.constexpr = SIZE // BLOCKS
-    head = tl.arange(0, GP)
-    block = first + tl.arange(0, SIZE)
+    first of its page, what the last key of the page before spills into it; each relative to the largest score seen when it was computed."""
+    Q: tl.constexpr = 4 if BLOCKS >= 4 else BLOCKS  # neighbours in a page, which share a factor and are loaded at once
+    LINE: tl.constexpr = SIZE // Q
+    row = tl.arange(0, GP * LINE)  # of a head and Q blocks
+    head = row // LINE
+    block = first + row % LINE * Q
+    inner = tl.arange(0, Q)
     page = block // BLOCKS
-    here = (page < num_pages)[:, None] & (head < G)[None, :]
-    start = (pair * max_pages + page) * (BLOCKS + 2)
-    share = tl.load(notes + (start + block % BLOCKS)[:, None] * G + head[None, :], mask=here, other=0.0)
-    peak = tl.load(notes + (start + BLOCKS + 1)[:, None] * G + head[None, :], mask=here, other=float("-inf"))
-    before = first // BLOCKS - 1 + tl.arange(0, PAGES)
-    behind = ((before >= 0) & (before < num_pages))[:, None] & (head < G)[None, :]
-    end = (pair * max_pages + before) * (BLOCKS + 2) + BLOCKS
-    spill = tl.load(notes + end[:, None] * G + head[None, :], mask=behind, other=0.0)
-    its_peak = tl.load(notes + (end + 1)[:, None] * G + head[None, :], mask=behind, other=float("-inf"))
-    log_sum = _log_sum(peaks, sums)
+    here = (head < G) & (page < num_pages)
+    behind = (head < G) & (block % BLOCKS == 0) & (page > 0) & (page <= num_pages)
+    at = (pair * G + head) * max_pages + page
+    log_sum = tl.reshape(tl.broadcast_to(log_sum[:, None], [GP, LINE]), [GP * LINE])
     # exp2(-inf - x) is 0, so what is not there counts nothing.
-    own = tl.sum(share * tl.exp2(peak - log_sum[None, :]), 1)
-    spilled = tl.sum(spill * tl.exp2(its_peak - log_sum[None, :]), 1)
-    inner = tl.arange(0, BLOCKS)
-    return tl.reshape(tl.reshape(own, [PAGES, BLOCKS]) + tl.where(inner[None, :] == 0, spilled[:, None], 0.0), [SIZE])
+    own = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf")) - log_sum)
+    before = tl.exp2(tl.load(peaks + at - 1, mask=behind, other=float("-inf")) - log_sum)
+    spilled = tl.load(spills + at - 1, mask=behind, other=0.0) * before
+    to = (pair * G + head) * max_pages * BLOCKS + block
+    share = tl.load(shares + to[:, None] + inner[None, :], mask=here[:, None], other=0.0) * own[:, None]
+    return tl.sum(tl.reshape(share + tl.where(inner[None, :] == 0, spilled[:, None], 0.0), [GP, SIZE]), 0)
 
 
 @triton.jit
@@ -218,21 +181,19 @@ def _largest(key, NP: tl.constexpr, SIZE: tl.constexpr, FIRST: tl.constexpr = 0)
 
 @triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
 def decode_scan(
-    q, k_cmp, v_cmp, pages, lengths, notes, part_out, part_peak, part_sum, scanned, scale, max_pages,
+    q, k_cmp, v_cmp, pages, lengths, shares, spills, peaks, part_out, part_peak, part_sum, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-    FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. notes float32 [B * HKV, pages, BLOCKS + 2, G]: what falls on each block of a page, what spills into the next page's first, both
-    relative to the largest score seen so far, and that score."""
+    """Grid [SPLITS, B * HKV]. Per head and page: peaks, the largest score seen so far; relative to it shares [BLOCKS] of the page's blocks, and what spills
+    into the next page's first."""
     BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)  # selection blocks of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     sequence = pair // HKV
     if PDL:
         gdc_wait()
-        if not FLAGS:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
     num_pages = (visible + ROWS - 1) // ROWS
@@ -252,9 +213,6 @@ def decode_scan(
     table = pages + sequence * max_pages
     # The page of an iteration is loaded in the one before, and the first without the length, so that no tile waits for its address.
     ahead = tl.load(table + split)
-    if FLAGS:
-        _lower(scanned + pair * SPLITS + split)
-        gdc_launch_dependents()
     for page in tl.range(split, num_pages, SPLITS, num_stages=STAGES):
         at = (ahead.to(tl.int64) * HKV + pair % HKV) * ROWS + row
         ahead = tl.load(table + page + SPLITS, mask=page + SPLITS < num_pages, other=0)
@@ -272,69 +230,58 @@ def decode_scan(
         share = tl.dot(rounded, fold, input_precision=PRECISION)
         if PRECISION != "ieee":  # what rounding to 16 bits took away
             share = tl.dot((p - rounded.to(tl.float32)).to(values.dtype), fold, share)
-        share = tl.where((block == BLOCKS + 1)[None, :], peak[:, None], share)
-        to = (pair * max_pages + page) * (BLOCKS + 2) + block
-        tl.store(notes + to[None, :] * G + head[:, None], share, mask=(block < BLOCKS + 2)[None, :] & (head < G)[:, None])
+        to = (pair * G + head) * max_pages + page
+        tl.store(peaks + to, peak, mask=head < G)
+        tl.store(shares + to[:, None] * BLOCKS + block[None, :], share, mask=(head < G)[:, None] & (block < BLOCKS)[None, :])
+        tl.store(spills + to[:, None] + tl.zeros_like(block)[None, :], share, mask=(head < G)[:, None] & (block == BLOCKS)[None, :])
     _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
-    if FLAGS:
-        _raise(scanned + pair * SPLITS + split)
 
 
 @triton.jit(repr=lambda _: "decode_rank", do_not_specialize=["max_pages"])
 def decode_rank(
-    notes, lengths, scan_peak, scan_sum, best, scanned, ranked, max_pages,
+    shares, spills, peaks, lengths, scan_peak, scan_sum, best, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, STRETCH: tl.constexpr, SIZE: tl.constexpr,
-    PDL: tl.constexpr, FLAGS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid [stretches, B * HKV]. best int64 [B * HKV, stretches, NP]: of STRETCH blocks the most important that are not forced, as keys, falling, then -1. Of
     equals the first block is the larger key. SIZE blocks are compared at once. Nothing is written for a sequence that has no more than N blocks."""
     BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)
     stretch = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
-    if FLAGS:
-        _lower(ranked + pair * tl.num_programs(0) + stretch)
     if PDL:
         gdc_launch_dependents()
     length = tl.load(lengths + pair // HKV)
-    if FLAGS:
-        _await(scanned + pair * SCAN_SPLITS, SCAN_SPLITS)
-    elif PDL:
+    if PDL:
         gdc_wait()
     mine = (length - 1) // SELECT
     if (length > 0) & (mine >= N):
         visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
         num_pages = (visible + ROWS - 1) // ROWS
-        peaks, sums = _load_sums(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
-        slot = tl.arange(0, NP)
+        log_sum = _log_sum(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
         kept = tl.full([NP], -1, tl.int64)
         for first in range(stretch * STRETCH, tl.minimum((stretch + 1) * STRETCH, mine - LOCAL + 1), SIZE):
             block = first + tl.arange(0, SIZE)
-            value = _importance(peaks, sums, notes, pair, first, num_pages, max_pages, G, GP, SIZE, BLOCKS)
+            value = _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G, GP, SIZE, BLOCKS)
             # Importance is not negative, so its bits rise with it.
-            bits = tl.where((block >= INITIAL) & (block <= mine - LOCAL), value.to(tl.int32, bitcast=True), -1)
-            found = tl.full([NP], -1, tl.int64)
-            for turn in range(N - INITIAL - LOCAL):
-                top = tl.max(bits, 0)
-                place = tl.min(tl.where(bits == top, block, 0x7FFFFFFF), 0)
-                found = tl.where((slot == turn) & (top >= 0), (top.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64), found)
-                bits = tl.where(block == place, -1, bits)
+            key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+            key = tl.where((block >= INITIAL) & (block <= mine - LOCAL), key, -1)
+            found = _largest(key, NP, SIZE)
             # Of two falling rows, one turned round, the larger of each place are the largest of both.
             kept = found if STRETCH == SIZE else tl.sort(tl.maximum(kept, tl.flip(found, 0)), descending=True)
+        slot = tl.arange(0, NP)
         tl.store(best + (pair * tl.num_programs(0) + stretch) * NP + slot, kept)
-    if FLAGS:
-        _raise(ranked + pair * tl.num_programs(0) + stretch)
 
 
 @triton.jit(repr=lambda _: "decode_selected", do_not_specialize=["max_pages"])
 def decode_selected(
     q, k_slc, v_slc, k_win, v_win, k_scale, v_scale, k_recent, v_recent, pages, lengths, best,
-    near_out, near_peak, near_sum, part_out, part_peak, part_sum, chosen, ranked, scale, max_pages,
+    near_out, near_peak, near_sum, part_out, part_peak, part_sum, chosen, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr, NEAR_SPLITS: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, CANDIDATES_SPAN: tl.constexpr,
     QUANTIZED: tl.constexpr, NATIVE: tl.constexpr, THRESHOLD: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, STRETCHES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid [SPLITS, B * HKV]. best int64 [B * HKV, CANDIDATES] as `decode_rank` left them; chosen int32 [B, HKV, N]; near: the window's parts, NEAR_SPLITS of
     them. QUANTIZED: pages hold e4m3 with a scale for each row, and the blocks that reach into the newest THRESHOLD tokens lie in rings of RECENT tokens
@@ -373,9 +320,7 @@ def decode_selected(
             s = tl.where(inside[None, :], s, float("-inf"))
             acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
         _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
-    if FLAGS:
-        _await(ranked + pair * STRETCHES, STRETCHES)
-    elif PDL:
+    if PDL:
         gdc_wait()
     slots = tl.arange(0, NP)
     # Newest first: what is read from rings is not loaded ahead, and so waits beside the first tiles of the pages, for which a program waits anyway.
