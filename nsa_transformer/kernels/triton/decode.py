@@ -35,15 +35,15 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     splits, chosen_splits = _splits(pairs, max_pages, config.num_selected, multiprocessors)
     near_splits = min(cache.k_win.shape[2] // 64, chosen_splits)
     group_rows, kept = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(config.num_selected)
-    compared = max(blocks, min(STRETCH, 8192 // group_rows))  # blocks at once, of whole pages, as registers allow
-    stretch = max(STRETCH, blocks, triton.next_power_of_2(triton.cdiv(max_pages * blocks, max(1, CANDIDATES // kept))))
+    compared = min(STRETCH, 8192 // group_rows)  # blocks at once, as registers allow
+    stretch = max(STRETCH, triton.next_power_of_2(triton.cdiv(max_pages * blocks, max(1, CANDIDATES // kept))))
     stretches = triton.cdiv(max_pages * blocks, stretch)
     # One piece of memory for what the kernels hand on, each part beginning at a multiple of 128 bytes.
-    counts = [2 * pairs * stretches * kept, pairs * group * max_pages * (2 * blocks + 1)]
+    counts = [2 * pairs * stretches * kept, pairs * group * max_pages * blocks, *[pairs * group * max_pages] * 2]
     for count in (splits, near_splits, chosen_splits):
         counts += [pairs * count * group * dv, *[pairs * count * group] * 2]
     room = [-(-count // 32) * 32 for count in counts]
-    best, notes, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
+    best, shares, spills, peaks, *parts = torch.empty(sum(room), dtype=torch.float32, device=q.device).split(room)
     scan, near, part = parts[:3], parts[3:6], parts[6:]
     chosen = torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
     out = q.new_empty(sequences, heads, dv)
@@ -64,13 +64,13 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     launch = {"PDL": pdl, "launch_pdl": pdl}
     scan_span = {"SCAN_SPLITS": splits, "SCAN_SPAN": triton.next_power_of_2(splits)}
     decode_scan[(splits, pairs)](
-        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, notes, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
+        q, cache.k_cmp, cache.v_cmp, cache.pages, cache.lengths, shares, spills, peaks, *scan, scale * LOG2E, max_pages, BLOCK=config.compress_block,
         SPLITS=splits, STAGES=stages, num_warps=4, **heads_of, **runs, **shape, **launch,
     )  # fmt: skip
     if config.num_selected > config.num_initial + config.num_local:  # else all are forced
         decode_rank[(stretches, pairs)](
-            notes, cache.lengths, scan[1], scan[2], best.view(torch.int64), max_pages, BLOCK=config.compress_block, STRETCH=stretch,
-            SIZE=compared, num_warps=min(4, max(1, compared * group_rows // 2048)), **heads_of, **runs, **choice, **scan_span, **launch,
+            shares, spills, peaks, cache.lengths, scan[1], scan[2], best.view(torch.int64), max_pages, BLOCK=config.compress_block, STRETCH=stretch,
+            SIZE=compared, num_warps=4, **heads_of, **runs, **choice, **scan_span, **launch,
         )  # fmt: skip
     decode_selected[(chosen_splits, pairs)](
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent, cache.pages, cache.lengths,

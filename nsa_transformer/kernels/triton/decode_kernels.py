@@ -44,29 +44,28 @@ def _safe(peak):
 
 @triton.jit
 def _weigh(peak, total, s, worth):
-    """Of scores s [N, GP] in base 2, -inf where not seen: their weights, what is left of earlier sums [GP], the new largest scores [GP], and the new sums [N, GP],
-    to which a weight adds `worth` times itself: a number, or [N, 1]. Sums are added up over the rows once there are no more tiles: warps need not meet for that."""
-    new_peak = tl.maximum(peak, tl.max(s, 0))
+    """Of scores s [GP, N] in base 2, -inf where not seen: their weights, what is left of earlier sums [GP], and the new largest score and sum [GP], to which a
+    weight adds `worth` times itself: a number, or [1, N]."""
+    new_peak = tl.maximum(peak, tl.max(s, 1))
     shift = _safe(new_peak)
-    p = tl.exp2(s - shift[None, :])
+    p = tl.exp2(s - shift[:, None])
     fade = tl.exp2(peak - shift)
-    return p, fade, new_peak, total * fade[None, :] + p * worth
+    return p, fade, new_peak, total * fade + tl.sum(p * worth, 1)
 
 
 @triton.jit
 def _step(acc, peak, total, s, values, PRECISION: tl.constexpr):
     """One tile of the online softmax: scores as `_weigh` takes them, values [N, DVP]."""
     p, fade, peak, total = _weigh(peak, total, s, 1.0)
-    return add_dot(tl.trans(values), p.to(values.dtype), acc * fade[None, :], PRECISION), peak, total
+    return add_dot(p.to(values.dtype), values, acc * fade[:, None], PRECISION), peak, total
 
 
 @triton.jit
 def _step_of_halves(even, odd, peak, total, s, worth, even_values, odd_values, PRECISION: tl.constexpr):
-    """The same with the even and the odd columns of values, turned round, and of sums apart, [DVP / 2, N] and [DVP / 2, GP]."""
+    """The same with the even and the odd columns of values and sums apart, [N, DVP / 2] and [GP, DVP / 2]."""
     p, fade, peak, total = _weigh(peak, total, s, worth)
     p = p.to(even_values.dtype)
-    even = add_dot(even_values, p, even * fade[None, :], PRECISION)
-    return even, add_dot(odd_values, p, odd * fade[None, :], PRECISION), peak, total
+    return add_dot(p, even_values, even * fade[:, None], PRECISION), add_dot(p, odd_values, odd * fade[:, None], PRECISION), peak, total
 
 
 @triton.jit
@@ -117,54 +116,50 @@ def _find(unit, kinds, places, PARTS: tl.constexpr, NP: tl.constexpr):
 
 @triton.jit
 def _store_part(acc, peak, total, part_out, part_peak, part_sum, part, G: tl.constexpr, GP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
-    """A split's share: acc [DVP, GP], maximum and sum [GP]."""
+    """A split's share: acc [G, DV], maximum and sum [G]."""
     head = tl.arange(0, GP)
     column = tl.arange(0, DVP)
-    tl.store(part_out + (part * G + head)[None, :] * DV + column[:, None], acc, mask=(column < DV)[:, None] & (head < G)[None, :])
+    tl.store(part_out + (part * G + head)[:, None] * DV + column[None, :], acc, mask=(head < G)[:, None] & (column < DV)[None, :])
     tl.store(part_peak + part * G + head, peak, mask=head < G)
     tl.store(part_sum + part * G + head, total, mask=head < G)
 
 
 @triton.jit
-def _load_sums(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
-    """Largest scores and sums [SPAN, GP] of COUNT splits from `first` on (SPAN: the power of two from COUNT on)."""
+def _log_sum(part_peak, part_sum, first, COUNT: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
+    """log2 sum exp [GP] over COUNT splits from `first` on (SPAN: the power of two from COUNT on), +inf for a row that saw nothing."""
     head = tl.arange(0, GP)
     split = tl.arange(0, SPAN)
     there = (split < COUNT)[:, None] & (head < G)[None, :]
     at = (first + split)[:, None] * G + head[None, :]
-    return tl.load(part_peak + at, mask=there, other=float("-inf")), tl.load(part_sum + at, mask=there, other=0.0)
-
-
-@triton.jit
-def _log_sum(peaks, sums):
-    """log2 sum exp [GP] over splits, +inf for a head that saw nothing."""
+    peaks = tl.load(part_peak + at, mask=there, other=float("-inf"))
+    sums = tl.load(part_sum + at, mask=there, other=0.0)
     shift = _safe(tl.max(peaks, 0))
     total = tl.sum(tl.exp2(peaks - shift[None, :]) * sums, 0)
     return tl.where(total > 0, shift + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
 
 
 @triton.jit
-def _importance(peaks, sums, notes, pair, first, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
-    """How much probability falls on each of SIZE blocks from `first` on, summed over the heads: [SIZE]. A block has what its own keys give it and what those of
-    the block before give; each relative to the largest score seen when it was computed. `peaks` and `sums` are the splits'; all is loaded before any is used."""
-    head = tl.arange(0, GP)
-    number = tl.arange(0, SIZE)
-    page = (first + number) // BLOCKS
-    here = (page < num_pages)[:, None] & (head < G)[None, :]
-    start = (pair * max_pages + page) * (2 * BLOCKS + 1)
-    kept = tl.load(notes + (start + number % BLOCKS)[:, None] * G + head[None, :], mask=here, other=0.0)
-    given = tl.load(notes + (start + BLOCKS + number % BLOCKS)[:, None] * G + head[None, :], mask=here, other=0.0)
-    peak = tl.load(notes + (start + 2 * BLOCKS)[:, None] * G + head[None, :], mask=here, other=float("-inf"))
-    behind = (head < G) & (first > 0) & (first // BLOCKS <= num_pages)
-    end = (pair * max_pages + first // BLOCKS) * (2 * BLOCKS + 1)  # `first` begins a page, and this follows what the one before it ends with
-    last = tl.load(notes + (end - 2) * G + head, mask=behind, other=0.0)
-    last_peak = tl.load(notes + (end - 1) * G + head, mask=behind, other=float("-inf"))
-    log_sum = _log_sum(peaks, sums)
+def _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    """How much probability falls on each of SIZE blocks from `first` on, summed over the heads: [SIZE]. A block has what its page's keys give it and, as the
+    first of its page, what the last key of the page before spills into it; each relative to the largest score seen when it was computed."""
+    Q: tl.constexpr = 4 if BLOCKS >= 4 else BLOCKS  # neighbours in a page, which share a factor and are loaded at once
+    LINE: tl.constexpr = SIZE // Q
+    row = tl.arange(0, GP * LINE)  # of a head and Q blocks
+    head = row // LINE
+    block = first + row % LINE * Q
+    inner = tl.arange(0, Q)
+    page = block // BLOCKS
+    here = (head < G) & (page < num_pages)
+    behind = (head < G) & (block % BLOCKS == 0) & (page > 0) & (page <= num_pages)
+    at = (pair * G + head) * max_pages + page
+    log_sum = tl.reshape(tl.broadcast_to(log_sum[:, None], [GP, LINE]), [GP * LINE])
     # exp2(-inf - x) is 0, so what is not there counts nothing.
-    share = tl.exp2(peak - log_sum[None, :])
-    to_next = tl.sum(given * share, 1)
-    from_last = tl.sum(last * tl.exp2(last_peak - log_sum), 0)
-    return tl.sum(kept * share, 1) + tl.where(number > 0, tl.gather(to_next, tl.maximum(number - 1, 0), 0), from_last)
+    own = tl.exp2(tl.load(peaks + at, mask=here, other=float("-inf")) - log_sum)
+    before = tl.exp2(tl.load(peaks + at - 1, mask=behind, other=float("-inf")) - log_sum)
+    spilled = tl.load(spills + at - 1, mask=behind, other=0.0) * before
+    to = (pair * G + head) * max_pages * BLOCKS + block
+    share = tl.load(shares + to[:, None] + inner[None, :], mask=here[:, None], other=0.0) * own[:, None]
+    return tl.sum(tl.reshape(share + tl.where(inner[None, :] == 0, spilled[:, None], 0.0), [GP, SIZE]), 0)
 
 
 @triton.jit
@@ -186,12 +181,12 @@ def _largest(key, NP: tl.constexpr, SIZE: tl.constexpr, FIRST: tl.constexpr = 0)
 
 @triton.jit(repr=lambda _: "decode_scan", do_not_specialize=["max_pages"])
 def decode_scan(
-    q, k_cmp, v_cmp, pages, lengths, notes, part_out, part_peak, part_sum, scale, max_pages,
+    q, k_cmp, v_cmp, pages, lengths, shares, spills, peaks, part_out, part_peak, part_sum, scale, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [SPLITS, B * HKV]. notes float32 [B * HKV, pages, 2 * BLOCKS + 1, G]: what the keys that begin in each block of a page give it, what they give the
-    block behind it, both relative to the largest score seen so far, and that score."""
+    """Grid [SPLITS, B * HKV]. Per head and page: peaks, the largest score seen so far; relative to it shares [BLOCKS] of the page's blocks, and what spills
+    into the next page's first."""
     BLOCKS: tl.constexpr = ROWS // (SELECT // STRIDE)  # selection blocks of a page
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -205,15 +200,16 @@ def decode_scan(
     queries = _queries(q, pair, G, GP, DK, DKP)
     head = tl.arange(0, GP)
     row = tl.arange(0, ROWS)
-    acc = tl.zeros([DVP, GP], tl.float32)
+    acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS, GP], tl.float32)
+    total = tl.zeros([GP], tl.float32)
     # A key spreads its probability over SPREAD runs of STRIDE tokens, RUNS of which make a block; those past its block's end are the next block's.
     RUNS: tl.constexpr = SELECT // STRIDE
     SPREAD: tl.constexpr = BLOCK // STRIDE
-    inner = tl.arange(0, RUNS)
-    own = tl.minimum(RUNS - inner, SPREAD).to(tl.float32)
-    block = tl.arange(0, BLOCKS)
+    block = tl.arange(0, 2 * BLOCKS if BLOCKS > 8 else 16)  # of a page, and at BLOCKS the first of the next
+    mine = tl.minimum(RUNS - row % RUNS, SPREAD)[:, None]
+    behind = block[None, :] - (row // RUNS)[:, None]
+    fold = tl.where(behind == 0, mine, tl.where(behind == 1, SPREAD - mine, 0)).to(queries.dtype)
     table = pages + sequence * max_pages
     # The page of an iteration is loaded in the one before, and the first without the length, so that no tile waits for its address.
     ahead = tl.load(table + split)
@@ -221,30 +217,29 @@ def decode_scan(
         at = (ahead.to(tl.int64) * HKV + pair % HKV) * ROWS + row
         ahead = tl.load(table + page + SPLITS, mask=page + SPLITS < num_pages, other=0)
         inside = page * ROWS + row < visible
-        s = tl.dot(_tile(k_cmp, at, inside, DK, DKP), tl.trans(queries), input_precision=PRECISION) * scale
-        s = tl.where(inside[:, None], s, float("-inf"))
+        s = tl.dot(queries, tl.trans(_tile(k_cmp, at, inside, DK, DKP)), input_precision=PRECISION) * scale
+        s = tl.where(inside[None, :], s, float("-inf"))
         values = _tile(v_cmp, at, inside, DV, DVP)
-        new_peak = tl.maximum(peak, tl.max(s, 0))  # finite: a page of the loop has a visible key
-        p = tl.exp2(s - new_peak[None, :])
+        new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: a page of the loop has a visible key
+        p = tl.exp2(s - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         rounded = p.to(values.dtype)
-        acc = add_dot(tl.trans(values), rounded, acc * fade[None, :], PRECISION)
-        total = total * fade[None, :] + p
+        acc = add_dot(rounded, values, acc * fade[:, None], PRECISION)
+        total = total * fade + tl.sum(p, 1)
         peak = new_peak
-        runs = tl.reshape(p, [BLOCKS, RUNS, GP])
-        kept = tl.sum(runs * own[None, :, None], 1)
-        given = tl.sum(runs * (SPREAD - own)[None, :, None], 1)
-        to = (pair * max_pages + page) * (2 * BLOCKS + 1)
-        there = (block < BLOCKS)[:, None] & (head < G)[None, :]
-        tl.store(notes + (to + block)[:, None] * G + head[None, :], kept, mask=there)
-        tl.store(notes + (to + BLOCKS + block)[:, None] * G + head[None, :], given, mask=there)
-        tl.store(notes + (to + 2 * BLOCKS) * G + head, peak, mask=head < G)
-    _store_part(acc, peak, tl.sum(total, 0), part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
+        share = tl.dot(rounded, fold, input_precision=PRECISION)
+        if PRECISION != "ieee":  # what rounding to 16 bits took away
+            share = tl.dot((p - rounded.to(tl.float32)).to(values.dtype), fold, share)
+        to = (pair * G + head) * max_pages + page
+        tl.store(peaks + to, peak, mask=head < G)
+        tl.store(shares + to[:, None] * BLOCKS + block[None, :], share, mask=(head < G)[:, None] & (block < BLOCKS)[None, :])
+        tl.store(spills + to[:, None] + tl.zeros_like(block)[None, :], share, mask=(head < G)[:, None] & (block == BLOCKS)[None, :])
+    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
 @triton.jit(repr=lambda _: "decode_rank", do_not_specialize=["max_pages"])
 def decode_rank(
-    notes, lengths, scan_peak, scan_sum, best, max_pages,
+    shares, spills, peaks, lengths, scan_peak, scan_sum, best, max_pages,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, SCAN_SPLITS: tl.constexpr, SCAN_SPAN: tl.constexpr, STRETCH: tl.constexpr, SIZE: tl.constexpr,
     PDL: tl.constexpr,
@@ -263,22 +258,18 @@ def decode_rank(
     if (length > 0) & (mine >= N):
         visible = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
         num_pages = (visible + ROWS - 1) // ROWS
-        peaks, sums = _load_sums(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
-        slot = tl.arange(0, NP)
+        log_sum = _log_sum(scan_peak, scan_sum, pair * SCAN_SPLITS, SCAN_SPLITS, SCAN_SPAN, G, GP)
         kept = tl.full([NP], -1, tl.int64)
         for first in range(stretch * STRETCH, tl.minimum((stretch + 1) * STRETCH, mine - LOCAL + 1), SIZE):
             block = first + tl.arange(0, SIZE)
-            value = _importance(peaks, sums, notes, pair, first, num_pages, max_pages, G, GP, SIZE, BLOCKS)
+            value = _importance(log_sum, shares, spills, peaks, pair, first, num_pages, max_pages, G, GP, SIZE, BLOCKS)
             # Importance is not negative, so its bits rise with it.
-            bits = tl.where((block >= INITIAL) & (block <= mine - LOCAL), value.to(tl.int32, bitcast=True), -1)
-            found = tl.full([NP], -1, tl.int64)
-            for turn in range(N - INITIAL - LOCAL):
-                top = tl.max(bits, 0)
-                place = tl.min(tl.where(bits == top, block, 0x7FFFFFFF), 0)
-                found = tl.where((slot == turn) & (top >= 0), (top.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64), found)
-                bits = tl.where(block == place, -1, bits)
+            key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+            key = tl.where((block >= INITIAL) & (block <= mine - LOCAL), key, -1)
+            found = _largest(key, NP, SIZE)
             # Of two falling rows, one turned round, the larger of each place are the largest of both.
             kept = found if STRETCH == SIZE else tl.sort(tl.maximum(kept, tl.flip(found, 0)), descending=True)
+        slot = tl.arange(0, NP)
         tl.store(best + (pair * tl.num_programs(0) + stretch) * NP + slot, kept)
 
 
@@ -315,9 +306,9 @@ def decode_selected(
             at = (pair * BLOCKS + tl.maximum(mine - unit // PARTS, 0) % BLOCKS) * SELECT + unit % PARTS * TILE
             _fetch_ahead(k_recent + at * DK, LINES * DK, LINES * DKP)
             _fetch_ahead(v_recent + at * DV, LINES * DV, LINES * DVP)
-    acc = tl.zeros([DVP, GP], tl.float32)
+    acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS, GP], tl.float32)
+    total = tl.zeros([GP], tl.float32)
     if split < NEAR_SPLITS:
         tile_row = tl.arange(0, ROWS)
         for tile in tl.range(split, RING // ROWS, NEAR_SPLITS, num_stages=STAGES):
@@ -325,10 +316,10 @@ def decode_selected(
             age = (length - 1 - place + RING) % RING  # tokens since the one that lies here
             inside = (age < WINDOW) & (age < length)
             at = pair * RING + place
-            s = tl.dot(_tile(k_win, at, inside, DK, DKP), tl.trans(queries), input_precision=PRECISION) * scale
-            s = tl.where(inside[:, None], s, float("-inf"))
+            s = tl.dot(queries, tl.trans(_tile(k_win, at, inside, DK, DKP)), input_precision=PRECISION) * scale
+            s = tl.where(inside[None, :], s, float("-inf"))
             acc, peak, total = _step(acc, peak, total, s, _tile(v_win, at, inside, DV, DVP), PRECISION)
-        _store_part(acc, peak, tl.sum(total, 0), near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
+        _store_part(acc, peak, total, near_out, near_peak, near_sum, pair * NEAR_SPLITS + split, G, GP, DV, DVP)
     if PDL:
         gdc_wait()
     slots = tl.arange(0, NP)
@@ -346,9 +337,9 @@ def decode_selected(
     found = tl.where(slots < N, tl.maximum(found, -1), -1)
     if split == 0:
         tl.store(chosen + pair * N + slots, found, mask=slots < N)
-    acc = tl.zeros([DVP, GP], tl.float32)
+    acc = tl.zeros([GP, DVP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([TILE, GP], tl.float32)
+    total = tl.zeros([GP], tl.float32)
     row = tl.arange(0, TILE)
     block = tl.maximum(found, 0)
     places = tl.load(pages + sequence * max_pages + block * SELECT // TOKENS, mask=found >= 0, other=0)
@@ -371,8 +362,8 @@ def decode_selected(
                     _fetch_ahead(k_recent + at * DK, LINES * DK, LINES * DKP)
                     _fetch_ahead(v_recent + at * DV, LINES * DV, LINES * DVP)
         # Sums over what lies in pages are apart from those over rings, whose weights are of another size.
-        even = tl.zeros([DVP // 2, GP], tl.float32)
-        odd = tl.zeros([DVP // 2, GP], tl.float32)
+        even = tl.zeros([GP, DVP // 2], tl.float32)
+        odd = tl.zeros([GP, DVP // 2], tl.float32)
         small_peak, small_total = peak, total
         key_pairs = k_slc.to(tl.pointer_type(tl.int16), bitcast=True)
         value_pairs = v_slc.to(tl.pointer_type(tl.int16), bitcast=True)
@@ -384,40 +375,37 @@ def decode_selected(
             # less than four bytes Triton does not load ahead.
             stored = (line < SELECT) & (kind > 0)
             small_keys = _tile(key_pairs, at, stored, DK // 2, DKP // 2)
-            # Turned round as it is loaded: turned afterwards, Triton 3.6 keeps the tile that is loaded ahead in registers.
-            pair_of = tl.arange(0, DVP // 2)[:, None]
-            small_values = tl.load(value_pairs + at[None, :] * (DV // 2) + pair_of, mask=stored[None, :] & (pair_of < DV // 2), other=0)
+            small_values = _tile(value_pairs, at, stored, DV // 2, DVP // 2)
             factor = tl.load(k_scale + at, mask=stored, other=0.0).to(tl.float32) * (scale * back)
             bonus = _log2(tl.load(v_scale + at, mask=stored, other=1.0).to(tl.float32), NATIVE)
             if kind > 0:
                 even_keys, odd_keys = _widen(small_keys, small_queries.dtype, NATIVE)
                 even_values, odd_values = _widen(small_values, small_queries.dtype, NATIVE)
-                s = tl.dot(even_keys, tl.trans(even_queries), input_precision=PRECISION)
-                s = add_dot(odd_keys, tl.trans(odd_queries), s, PRECISION) * factor[:, None] + bonus[:, None]
+                s = tl.dot(even_queries, tl.trans(even_keys), input_precision=PRECISION)
+                s = add_dot(odd_queries, tl.trans(odd_keys), s, PRECISION) * factor[None, :] + bonus[None, :]
                 if SELECT % TILE:
-                    s = tl.where((line < SELECT)[:, None], s, float("-inf"))
+                    s = tl.where((line < SELECT)[None, :], s, float("-inf"))
                 even, odd, small_peak, small_total = _step_of_halves(
-                    even, odd, small_peak, small_total, s, tl.exp2(-bonus)[:, None], even_values, odd_values, PRECISION
+                    even, odd, small_peak, small_total, s, tl.exp2(-bonus)[None, :], even_values, odd_values, PRECISION
                 )
             elif kind < 0:
                 inside = line < -kind
                 keys, values = _tile(k_recent, at, inside, DK, DKP), _tile(v_recent, at, inside, DV, DVP)
-                t = tl.where(inside[:, None], tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale, float("-inf"))
+                t = tl.where(inside[None, :], tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale, float("-inf"))
                 acc, peak, total = _step(acc, peak, total, t, values, PRECISION)
         last_peak = tl.maximum(peak, small_peak)
         fade, small_fade = tl.exp2(peak - _safe(last_peak)), tl.exp2(small_peak - _safe(last_peak))
-        both = tl.interleave(tl.trans(even * small_fade[None, :]), tl.trans(odd * small_fade[None, :]))
-        acc = acc * fade[None, :] + tl.trans(both)
-        peak, total = last_peak, total * fade[None, :] + small_total * small_fade[None, :]
+        acc = acc * fade[:, None] + tl.interleave(even * small_fade[:, None], odd * small_fade[:, None])
+        peak, total = last_peak, total * fade + small_total * small_fade
     else:
         for unit in tl.range(split, N * PARTS, SPLITS, num_stages=STAGES):
             rows, place = _find(unit, kinds, places, PARTS, NP)
             line = unit % PARTS * TILE + row
             at = place.to(tl.int64) * SELECT + line
             inside = line < rows
-            s = tl.dot(_tile(k_slc, at, inside, DK, DKP), tl.trans(queries), input_precision=PRECISION) * scale
-            acc, peak, total = _step(acc, peak, total, tl.where(inside[:, None], s, float("-inf")), _tile(v_slc, at, inside, DV, DVP), PRECISION)
-    _store_part(acc, peak, tl.sum(total, 0), part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
+            s = tl.dot(queries, tl.trans(_tile(k_slc, at, inside, DK, DKP)), input_precision=PRECISION) * scale
+            acc, peak, total = _step(acc, peak, total, tl.where(inside[None, :], s, float("-inf")), _tile(v_slc, at, inside, DV, DVP), PRECISION)
+    _store_part(acc, peak, total, part_out, part_peak, part_sum, pair * SPLITS + split, G, GP, DV, DVP)
 
 
 @triton.jit
