@@ -64,8 +64,7 @@ class KVCache:
 
     def extend(self, sequence: int, num_tokens: int, device: torch.device) -> ChunkPlan:
         """Make room for `num_tokens` more; what the layers are to do with them. Raises `ValueError` where the sequence would outgrow the model's positions."""
-        if not 0 <= sequence < len(self.lengths):
-            raise ValueError(f"sequence={sequence} is not in the cache; write 0 … {len(self.lengths) - 1}")
+        self._check_number(sequence=sequence)
         start = self.lengths[sequence]
         end = start + num_tokens
         self._check_room(end)
@@ -103,6 +102,7 @@ class KVCache:
 
     def fork(self, source: int, target: int) -> None:
         """Let `target`, which must be empty, go on from where `source` is: a prefix is computed once. Whole pages are shared, the rest is copied."""
+        self._check_number(source=source, target=target)
         if self.lengths[target] or source == target:
             raise ValueError(f"target={target} has {self.lengths[target]} tokens; free it first, or name another sequence")
         length = self.lengths[source]
@@ -121,6 +121,7 @@ class KVCache:
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; its pages serve others."""
+        self._check_number(sequence=sequence)
         for page in self._pages[sequence]:
             self._users[page] -= 1
             if not self._users[page]:
@@ -134,6 +135,11 @@ class KVCache:
         """Whether the newest token of some sequence completed a block that is to be compressed."""
         block, stride = self.config.nsa.compress_block, self.config.nsa.compress_stride
         return any(length >= block and (length - block) % stride == 0 for length in self.lengths)
+
+    def _check_number(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            if not 0 <= number < len(self.lengths):
+                raise ValueError(f"{name}={number} is not in the cache; write 0 … {len(self.lengths) - 1}")
 
     def _check_room(self, length: int) -> None:
         limit = self.config.max_position_embeddings
