@@ -11,7 +11,7 @@ from nsa_transformer.data.chat import ChatTemplate
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.inference.decoder import Decoder
 from nsa_transformer.inference.faults import OutOfMemory, memory_explained
-from nsa_transformer.inference.generate import PREFILL_CHUNK, SamplingConfig, TextStream, next_token_probabilities, seeded_generators
+from nsa_transformer.inference.generate import PREFILL_CHUNK, SamplingConfig, TextStream, draw_tokens, seeded_generators
 from nsa_transformer.models.transformer import Transformer
 
 
@@ -92,9 +92,7 @@ class Chat:
         seen = torch.zeros(count, dtype=torch.bool, device=self._device)
         seen[torch.tensor(self.ids, device=self._device)] = True
         for turn in range(self.max_new_tokens):
-            p = next_token_probabilities(logits[-1, :count], self.sampling, seen)
-            token = torch.multinomial(p, 1, generator=self._generator)
-            number = int(token)
+            token, (number,) = draw_tokens(logits[-1:, :count], self.sampling, seen, [self._generator], [0])
             if number in (self.template.end_id, tokenizer.eod_id):
                 break
             self.ids.append(number)
