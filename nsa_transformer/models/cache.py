@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_transformer.config import KVCacheConfig, ModelConfig
 from nsa_transformer.kernels.decode import append_rows
 from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
-from nsa_transformer.models.cache_size import dense_capacity
+from nsa_transformer.models.cache_size import dense_capacity, newest_tokens
 from nsa_transformer.models.chunk import ChunkPlan, SparseChunkPlan, ring_pieces, write_ring
 from nsa_transformer.models.dense_cache import DenseLayerCache
 
@@ -38,6 +38,7 @@ class KVCache:
         self.quantized = self.settings.quantization == "fp8"
         if self.quantized and config.attention != "nsa":
             raise ValueError(f"memory.kv_cache.quantization=fp8 is for model.attention=nsa, not {config.attention}; write memory.kv_cache.quantization=none")
+        self.threshold = newest_tokens(config, self.settings) if self.quantized else 0
         self.lengths = [0] * num_sequences
         self.span = page_tokens(config.nsa)
         self._pages: list[list[int]] = [[] for _ in range(num_sequences)]
@@ -73,7 +74,7 @@ class KVCache:
         if self.config.attention != "nsa":
             return ChunkPlan(sequence, start, end)
         assert self.table is not None
-        threshold = self.settings.threshold if self.quantized else None
+        threshold = self.threshold if self.quantized else None
         return SparseChunkPlan.build(sequence, start, end, self.table[sequence], self.config.nsa, threshold)
 
     def reserve_step(self, device: torch.device) -> None:
@@ -200,7 +201,7 @@ class SparseLayerCache:
         count, held = owner.num_pages, len(owner.lengths)
         rings = {"win": ring_tokens(config), "raw": config.compress_block}
         if quantized:
-            rings["recent"] = recent_tokens(config, owner.settings.threshold)
+            rings["recent"] = recent_tokens(config, owner.threshold)
         for name, x in rows.items():
             heads, width = x.shape[1:]
             in_pages = {"cmp": page_rows(config), "slc": owner.span}
@@ -313,7 +314,7 @@ class SparseLayerCache:
         if not stores:
             self._make({"k": rows.k_slc, "v": rows.v_slc})
         assert owner.device_lengths is not None and owner.table is not None
-        cache = PagedKeysValues(owner.table, owner.device_lengths, threshold=owner.settings.threshold if owner.quantized else 0, **stores)
+        cache = PagedKeysValues(owner.table, owner.device_lengths, threshold=owner.threshold, **stores)
         append_rows(rows, cache, config, backend=backend)
         if owner.compression_due():
             lengths = owner.device_lengths.long()
