@@ -24,7 +24,7 @@ class Chat:
         kv_cache: as in `memory.kv_cache`.
 
     Raises:
-        ConfigError: the tokenizer has no tokens for the turns of a conversation.
+        ValueError: no message would leave room for an answer; a ConfigError where the tokenizer has no tokens for the turns of a conversation.
     """
 
     def __init__(
@@ -42,6 +42,14 @@ class Chat:
         self.model, self.sampling, self.max_new_tokens = model, sampling, max_new_tokens
         self.ids: list[int] = []  # of the conversation; the cache holds all but the last few
         self._opening = [] if system is None else [{"role": "system", "content": system}]
+        limit = model.config.max_position_embeddings
+        least = len(self.template.prompt([*self._opening, {"role": "user", "content": ""}]))
+        if least + max_new_tokens > limit:
+            instead = f"ask for at most {limit - least}" if least < limit else "write a shorter system message"
+            raise ValueError(
+                f"no message leaves room for an answer of max_new_tokens={max_new_tokens}: the turns around it and the system message take {least} tokens, "
+                f"and the model has max_position_embeddings={limit}; {instead}"
+            )
         self._cache = model.new_cache(1, kv_cache)
         self._decoder = Decoder(model, self._cache)
         self._device = next(model.parameters()).device
