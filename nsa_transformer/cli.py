@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument("run", metavar="RUN", help="a run, one checkpoint of it, or an exported folder")
-    generate.add_argument("--prompt", required=True, help="text that the model continues, fed as it is")
+    generate.add_argument("--prompt", required=True, help="text that the model continues, fed as it is; write --prompt=TEXT where it begins with a dash")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (128)")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
     _add_model_options(generate)

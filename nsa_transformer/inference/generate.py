@@ -260,10 +260,10 @@ class TextStream:
     def add(self, token: int) -> str:
         """What is certain now and was not before."""
         self._waiting += self._text(token)
-        found = [place for place in map(self._waiting.find, self.stop) if place >= 0]
-        if found:
+        found = [(place + len(text), place) for text in self.stop if (place := self._waiting.find(text)) >= 0]
+        if found:  # the one that is whole first, however the text is cut into tokens; of several the longest
             self.stopped = True
-            return self._give(min(found))
+            return self._give(min(found)[1])
         return self._give(len(self._waiting) - max((_overlap(self._waiting, text) for text in self.stop), default=0))
 
     def rest(self) -> str:

@@ -284,6 +284,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, pieces: Sequence[bytes], stop: Seq
         ("one two three", ["three!"], "one two three"),
         ("aaab", ["aab"], "a"),
         ("abababc", ["ababc"], "ab"),
+        ("xabcd", ["abc", "b"], "xa"),
+        ("xabcd", ["d", "abcd", "bcd"], "x"),
         ("x\n\ny", ["\n\n"], "x"),
         ("price: 5 € or 6 €.", ["€ or"], "price: 5 "),
         ("añb", ["ñ"], "a"),
