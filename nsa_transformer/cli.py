@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         status = options.call(options)
-        sys.stdout.flush()  # here, where what goes wrong is still said
+        print(end="", flush=True)  # here, where what goes wrong is still said
         return status
     except BrokenPipeError:  # whoever read the output has seen enough
         _drop_output()
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _drop_output() -> None:
     """What cannot be written is not to be tried, and complained of, again when Python ends."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -235,6 +235,8 @@ def _chat(options: argparse.Namespace) -> int:
 
     sampling = _sampling(options)
     _check_utf8("--system", options.system or "")
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed, and messages are read from it; leave it open, or give it a file of messages")
     model, tokenizer, kv_cache, _ = _load(options)
     chat = Chat(model, tokenizer, sampling, options.max_new_tokens, options.system, kv_cache)
     _say_cache(model, kv_cache)

@@ -194,6 +194,8 @@ def test_chat(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     status, out, err = nsa(*ask)
     assert status == 2 and out == "" and err.endswith("\nerror: the input is not valid utf-8\n")
     is_one_message(nsa(*ask, "--max-new-tokens", "2048"), r"no message leaves room for an answer of max_new_tokens=2048.*ask for at most \d+$")
+    monkeypatch.setattr(sys, "stdin", None)
+    is_one_message(nsa(*ask), r"standard input is closed")
 
 
 def test_output_that_cannot_be_written(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +209,8 @@ def test_output_that_cannot_be_written(finished: Path, monkeypatch: pytest.Monke
         done = subprocess.run(ask, stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         os.close(output)
         assert (done.returncode, done.stderr) == answer
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where it is closed
+    assert cli.main(ask[3:]) == 0
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = cli.main(["generate", str(finished / "run"), "--prompt", "é", "--max-new-tokens", "1", "--device", "cpu"])
