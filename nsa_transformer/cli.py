@@ -1,15 +1,17 @@
-"""`nsa`: what one does with a run, from the shell. Status 0 on success, 2 with one line on stderr for a mistake."""
+"""`nsa`: what one does with a run, from the shell. Status 0 on success, 2 with one line on stderr for a mistake; 130 after Ctrl-C, and 141 where nobody reads
+the output any more."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rest = [word for word in rest if word.startswith("-")]
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return options.call(options)
+        status = options.call(options)
+        print(end="", flush=True)  # here, where what goes wrong is still said
+        return status
+    except BrokenPipeError:  # whoever read the output has seen enough
+        _drop_output()
+        return 141
     except OSError as error:
         print(f"error: {error}" if error.filename is None else f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        _drop_output()
         return 2
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, UnicodeEncodeError) and error.encoding.lower() not in ("utf-8", "utf8"):
+            text = f"{error.object[error.start]!a} cannot be written in {error.encoding}; set PYTHONIOENCODING=utf-8 in the environment"
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         from nsa_transformer.training.faults import is_out_of_memory
@@ -76,13 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = before
 
 
+def _drop_output() -> None:
+    """What cannot be written is not to be tried, and complained of, again when Python ends."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nsa", description="Long-context language models with Native Sparse Attention.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument("run", metavar="RUN", help="a run, one checkpoint of it, or an exported folder")
-    generate.add_argument("--prompt", required=True, help="text that the model continues, fed as it is")
+    generate.add_argument("--prompt", required=True, help="text that the model continues, fed as it is; write --prompt=TEXT where it begins with a dash")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (128)")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
     _add_model_options(generate)
@@ -165,6 +186,14 @@ def _gib(text: str) -> float:
     return float(text)
 
 
+def _check_utf8(name: str, text: str) -> None:
+    """Of a command line's bytes that are none, Python makes surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} is not valid UTF-8") from None
+
+
 def _sampling(options: argparse.Namespace) -> SamplingConfig:
     from nsa_transformer.inference.generate import SamplingConfig
 
@@ -205,22 +234,30 @@ def _chat(options: argparse.Namespace) -> int:
     from nsa_transformer.inference.chat import Chat
 
     sampling = _sampling(options)
+    _check_utf8("--system", options.system or "")
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed, and messages are read from it; leave it open, or give it a file of messages")
     model, tokenizer, kv_cache, _ = _load(options)
     chat = Chat(model, tokenizer, sampling, options.max_new_tokens, options.system, kv_cache)
     _say_cache(model, kv_cache)
     asked = "> " if sys.stdin.isatty() else ""
+    unanswered = False
     while True:
         try:
             message = input(asked)
-        except EOFError:
-            return 0
+        except EOFError:  # a person has seen what went wrong; a script has the status
+            return 2 if unanswered and not asked else 0
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the input is not valid {error.encoding}") from None
         if not message:
             continue
         try:
+            _check_utf8("the message", message)
             for piece in chat.say(message):
                 print(piece, end="", flush=True)
         except ValueError as error:  # too long a conversation; a shorter message may do
             print(f"error: {error}", file=sys.stderr)
+            unanswered = True
         except KeyboardInterrupt:  # of this answer
             if not asked:
                 raise
@@ -231,11 +268,10 @@ def _generate(options: argparse.Namespace) -> int:
     from nsa_transformer.inference.generate import generate_text
 
     sampling = _sampling(options)
+    for name, text in (("--prompt", options.prompt), *(("--stop", text) for text in options.stop)):
+        _check_utf8(name, text)
     model, tokenizer, kv_cache, store = _load(options)
-    try:
-        prompt_ids = tokenizer.encode(options.prompt)
-    except UnicodeEncodeError:
-        raise ConfigError("--prompt is not valid UTF-8") from None
+    prompt_ids = tokenizer.encode(options.prompt)
     pieces = generate_text(model, tokenizer, prompt_ids, options.max_new_tokens, sampling, options.stop, kv_cache)
     ids: list[int] = []
     text = ""
@@ -310,7 +346,7 @@ def _tokenizer_decode(options: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def _output(options: argparse.Namespace) -> Iterator[None]:
     """Names --output where it is what cannot be written; what cannot be read has its own name in the error."""
     try:

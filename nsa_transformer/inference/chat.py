@@ -11,7 +11,7 @@ from nsa_transformer.data.chat import ChatTemplate
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.inference.decoder import Decoder
 from nsa_transformer.inference.faults import OutOfMemory, memory_explained
-from nsa_transformer.inference.generate import PREFILL_CHUNK, SamplingConfig, TextStream, next_token_probabilities, seeded_generators
+from nsa_transformer.inference.generate import PREFILL_CHUNK, SamplingConfig, TextStream, draw_tokens, seeded_generators
 from nsa_transformer.models.transformer import Transformer
 
 
@@ -24,7 +24,7 @@ class Chat:
         kv_cache: as in `memory.kv_cache`.
 
     Raises:
-        ConfigError: the tokenizer has no tokens for the turns of a conversation.
+        ValueError: no message would leave room for an answer; a ConfigError where the tokenizer has no tokens for the turns of a conversation.
     """
 
     def __init__(
@@ -42,6 +42,14 @@ class Chat:
         self.model, self.sampling, self.max_new_tokens = model, sampling, max_new_tokens
         self.ids: list[int] = []  # of the conversation; the cache holds all but the last few
         self._opening = [] if system is None else [{"role": "system", "content": system}]
+        limit = model.config.max_position_embeddings
+        least = len(self.template.prompt([*self._opening, {"role": "user", "content": ""}]))
+        if least + max_new_tokens > limit:
+            instead = f"ask for at most {limit - least}" if least < limit else "write a shorter system message"
+            raise ValueError(
+                f"no message leaves room for an answer of max_new_tokens={max_new_tokens}: the turns around it and the system message take {least} tokens, "
+                f"and the model has max_position_embeddings={limit}; {instead}"
+            )
         self._cache = model.new_cache(1, kv_cache)
         self._decoder = Decoder(model, self._cache)
         self._device = next(model.parameters()).device
@@ -92,9 +100,7 @@ class Chat:
         seen = torch.zeros(count, dtype=torch.bool, device=self._device)
         seen[torch.tensor(self.ids, device=self._device)] = True
         for turn in range(self.max_new_tokens):
-            p = next_token_probabilities(logits[-1, :count], self.sampling, seen)
-            token = torch.multinomial(p, 1, generator=self._generator)
-            number = int(token)
+            token, (number,) = draw_tokens(logits[-1:, :count], self.sampling, seen, [self._generator], [0])
             if number in (self.template.end_id, tokenizer.eod_id):
                 break
             self.ids.append(number)

@@ -56,8 +56,10 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig, seen: Tenso
     """
     logits = logits.float()
     if seen is not None and config.repetition_penalty != 1:
-        penalized = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
-        logits = torch.where(seen, penalized, logits)
+        wide = logits.double()
+        largest = torch.finfo(logits.dtype).max  # beyond it, two infinities would have no difference
+        penalized = torch.where(wide > 0, wide / config.repetition_penalty, wide * config.repetition_penalty).clamp(-largest, largest).float()
+        logits = torch.where(seen & logits.isfinite(), penalized, logits)
     if config.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     # In float64 and from the largest down, so that a tiny temperature gives the most likely token and not infinities.
@@ -72,6 +74,28 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig, seen: Tenso
     if config.min_p > 0:
         p = p.masked_fill(p < config.min_p * p.amax(-1, keepdim=True), 0.0)
     return p / p.sum(-1, keepdim=True)
+
+
+def draw_tokens(
+    logits: Tensor, config: SamplingConfig, seen: Tensor | None, generators: Sequence[torch.Generator], rows: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """A token for each of `rows` of logits `[B, vocab]`, drawn with its row's generator from `next_token_probabilities`: int64 `[B]`, 0 in the other rows, and
+    the same on the host.
+
+    Raises `ValueError` where the largest logit of a row is no finite number.
+    """
+    sound = logits.amax(-1).isfinite()
+    p = next_token_probabilities(torch.where(sound[:, None], logits, 0), config, seen)
+    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    for row in rows:
+        tokens[row] = torch.multinomial(p[row], 1, generator=generators[row])[0]
+    drawn: list[int] = torch.where(sound, tokens, -1).tolist()  # in one wait for the device
+    if any(drawn[row] < 0 for row in rows):
+        raise ValueError(
+            "the model's logits are not finite, so no token can be drawn: its weights are damaged, or something in it overflows in "
+            f"{str(logits.dtype).removeprefix('torch.')}; try another checkpoint, or another dtype of the weights (--dtype)"
+        )
+    return tokens, drawn
 
 
 def generate(
@@ -105,8 +129,8 @@ def generate_batch(
     does not depend on the others but for rounding. Only ids below `num_tokens` are drawn (None: all): a model may have more rows than its tokenizer has
     tokens. `kv_cache` as in `memory.kv_cache`.
 
-    Raises `ValueError` before the first token for an empty prompt, or where prompt and new tokens would pass the model's positions; `OutOfMemory`, a
-    ValueError, where the memory does not suffice for the tokens so far and the next.
+    Raises `ValueError` before the first token for an empty prompt, or where prompt and new tokens would pass the model's positions, and later where the model's
+    logits are not finite; `OutOfMemory`, a ValueError, where the memory does not suffice for the tokens so far and the next.
     """
     _check_prompts(prompts, max_new_tokens, model.config.max_position_embeddings)
     device = next(model.parameters()).device
@@ -137,14 +161,10 @@ def _decode_all(
         for number, prompt in enumerate(prompts):
             seen[number, torch.tensor(prompt, device=device)] = True
     live = list(range(len(prompts)))
-    tokens = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     for turn in range(max_new_tokens):
-        p = next_token_probabilities(logits[:, :num_tokens], sampling, None if seen is None else seen[:, :num_tokens])
-        for number in live:
-            tokens[number] = torch.multinomial(p[number], 1, generator=generators[number])[0]
+        tokens, drawn = draw_tokens(logits[:, :num_tokens], sampling, None if seen is None else seen[:, :num_tokens], generators, live)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        drawn = tokens.tolist()
         for number in live:
             if drawn[number] == eod_id:
                 cache.free(number)
@@ -240,10 +260,10 @@ class TextStream:
     def add(self, token: int) -> str:
         """What is certain now and was not before."""
         self._waiting += self._text(token)
-        found = [place for place in map(self._waiting.find, self.stop) if place >= 0]
-        if found:
+        found = [(place + len(text), place) for text in self.stop if (place := self._waiting.find(text)) >= 0]
+        if found:  # the one that is whole first, however the text is cut into tokens; of several the longest
             self.stopped = True
-            return self._give(min(found))
+            return self._give(min(found)[1])
         return self._give(len(self._waiting) - max((_overlap(self._waiting, text) for text in self.stop), default=0))
 
     def rest(self) -> str:

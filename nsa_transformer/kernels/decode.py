@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,11 @@ def nsa_decode(
         `[B, Hq, Dv]` in q's dtype, 0 for a sequence of length 0; with `return_blocks` also int32 `[B, Hkv, n]`, ascending, -1 padded.
 
     Raises:
-        ValueError: naming the argument, what it was and what would do.
+        ValueError: naming the argument, what it was and what would do. What only a GPU knows (values of `lengths`, `pages`) is checked on CPU tensors, and
+            everywhere under `NSA_CHECK=1`.
     """
     check_backend_name(backend)
-    _check(q, gates, cache, config)
+    _check(q, gates, cache, config, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if decoding_backend(backend, q, cache.v_cmp[:0, 0], config, cache.k_scale is not None) == "reference":
         out, blocks = _gathered(q, gates, cache, config, scale, backend)
@@ -59,9 +62,10 @@ def nsa_decode(
 def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, backend: str = "auto") -> None:
     """Store a new token of each sequence, at position `cache.lengths - 1`, before `nsa_decode` reads it; with e4m3, quantize the block that became old.
 
-    Page 0 takes what is written for no sequence, so it must be nobody's. Fixed shapes and no wait for the device; `backend` as for `nsa_decode`.
+    Page 0 takes what is written for no sequence, so it must be nobody's. Fixed shapes and no wait for the device; `backend` and errors as for `nsa_decode`.
     """
     check_backend_name(backend)
+    _check_rows(rows, cache, config)
     if decoding_backend(backend, rows.k_slc, rows.v_slc, config, cache.k_scale is not None, "k_slc") == "reference":
         write_rows(rows, cache, config)
         return
@@ -117,49 +121,86 @@ def _gathered(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfi
     return out, blocks
 
 
-def _check(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig) -> None:
+def _check(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float | None) -> None:
+    for name, x in (("q", q), ("gates", gates)):
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            raise ValueError(f"{name} is {_describe(x)}; give a tensor [B, Hq, {'Dk' if name == 'q' else '3'}]")
+    kv_heads = _check_cache("q", q, cache, config)
+    sequences, heads, _ = q.shape
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, which k_slc's {kv_heads} do not divide; give a multiple of {kv_heads}")
+    if tuple(gates.shape) != (sequences, heads, 3) or gates.dtype not in (q.dtype, torch.float32) or gates.device != q.device:
+        raise ValueError(f"gates is {_describe(gates)}; give {q.dtype} or torch.float32 {[sequences, heads, 3]} on {q.device}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale} must be greater than 0, or None for Dk ** -0.5")
+
+
+def _check_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig) -> None:
+    if not isinstance(rows, NewRows):
+        raise ValueError(f"rows is {type(rows).__name__}; give a NewRows")
+    k = rows.k_slc
+    if not isinstance(k, Tensor) or k.dim() != 3:
+        raise ValueError(f"rows.k_slc is {_describe(k)}; give a tensor [B, Hkv, Dk]")
+    kv_heads = _check_cache("rows.k_slc", k, cache, config, raw=True)
+    for name, x in rows._asdict().items():
+        shape = (len(k), kv_heads, k.shape[2] if name.startswith("k") else cache.v_slc.shape[3])
+        if not isinstance(x, Tensor) or tuple(x.shape) != shape or x.dtype != k.dtype or x.device != k.device:
+            raise ValueError(f"rows.{name} is {_describe(x)}; rows.k_slc and the cache ask for {k.dtype} {list(shape)} on {k.device}")
+
+
+def _check_cache(name: str, x: Tensor, cache: PagedKeysValues, config: NSAConfig, raw: bool = False) -> int:
+    """That the cache is one of x `[B, heads, Dk]`, called `name`; its key/value heads. `raw`: with the rings that compressed keys are to be made of."""
     if not isinstance(config, NSAConfig):
         raise ValueError(f"config is {type(config).__name__}; give an NSAConfig")
     if not isinstance(cache, PagedKeysValues):
         raise ValueError(f"cache is {type(cache).__name__}; give a PagedKeysValues")
-    if q.dim() != 3 or cache.k_slc.dim() != 4 or cache.v_slc.dim() != 4:
-        raise ValueError(
-            f"q has shape {list(q.shape)}, k_slc {list(cache.k_slc.shape)}, v_slc {list(cache.v_slc.shape)}; give [B, Hq, Dk] and [pages, Hkv, tokens, width]"
-        )
-    sequences, heads, dk = q.shape
+    if cache.k_slc.dim() != 4 or cache.v_slc.dim() != 4:
+        raise ValueError(f"k_slc has shape {list(cache.k_slc.shape)}, v_slc {list(cache.v_slc.shape)}; give [pages, Hkv, tokens, width]")
+    sequences, _, dk = x.shape
     count, kv_heads, tokens, _ = cache.k_slc.shape
     dv, ring = cache.v_slc.shape[3], ring_tokens(config)
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q has {heads} heads, which k_slc's {kv_heads} do not divide; give a multiple of {kv_heads}")
     quantized = cache.k_slc.dtype == torch.float8_e4m3fn
-    stored = torch.float8_e4m3fn if quantized else q.dtype
+    stored = torch.float8_e4m3fn if quantized else x.dtype
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "k_slc": ((count, kv_heads, page_tokens(config), dk), stored),
         "v_slc": ((count, kv_heads, page_tokens(config), dv), stored),
-        "k_cmp": ((count, kv_heads, page_rows(config), dk), q.dtype),
-        "v_cmp": ((count, kv_heads, page_rows(config), dv), q.dtype),
-        "k_win": ((sequences, kv_heads, ring, dk), q.dtype),
-        "v_win": ((sequences, kv_heads, ring, dv), q.dtype),
+        "k_cmp": ((count, kv_heads, page_rows(config), dk), x.dtype),
+        "v_cmp": ((count, kv_heads, page_rows(config), dv), x.dtype),
+        "k_win": ((sequences, kv_heads, ring, dk), x.dtype),
+        "v_win": ((sequences, kv_heads, ring, dv), x.dtype),
         "lengths": ((sequences,), torch.int32),
+        "pages": ((sequences, cache.pages.shape[-1]), torch.int32),
     }
+    if raw:
+        wanted |= {f"{kind}_raw": ((sequences, kv_heads, config.compress_block, width), x.dtype) for kind, width in (("k", dk), ("v", dv))}
     if quantized:
         recent = recent_tokens(config, cache.threshold)
         wanted |= {
             "k_scale": ((count, kv_heads, tokens), SCALE),
             "v_scale": ((count, kv_heads, tokens), SCALE),
-            "k_recent": ((sequences, kv_heads, recent, dk), q.dtype),
-            "v_recent": ((sequences, kv_heads, recent, dv), q.dtype),
+            "k_recent": ((sequences, kv_heads, recent, dk), x.dtype),
+            "v_recent": ((sequences, kv_heads, recent, dv), x.dtype),
         }
-    for name, (shape, dtype) in wanted.items():
-        x = getattr(cache, name)
-        if not isinstance(x, Tensor) or tuple(x.shape) != shape or x.dtype != dtype or x.device != q.device or not x.is_contiguous():
-            was = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"cache.{name} is {was}; q and k_slc ask for contiguous {dtype} {list(shape)} on {q.device}")
-    if cache.pages.dim() != 2 or cache.pages.shape[0] != sequences or cache.pages.dtype != torch.int32 or not cache.pages.is_contiguous():
-        raise ValueError(f"cache.pages is {cache.pages.dtype} {list(cache.pages.shape)}; give contiguous torch.int32 [{sequences}, max_pages]")
-    if tuple(gates.shape) != (sequences, heads, 3) or gates.dtype not in (q.dtype, torch.float32) or gates.device != q.device:
-        raise ValueError(f"gates is {gates.dtype} {list(gates.shape)} on {gates.device}; give {q.dtype} or torch.float32 {[sequences, heads, 3]} on {q.device}")
-    if cache.lengths.device.type == "cpu" and sequences:
-        longest = int(cache.lengths.max())
-        if int(cache.lengths.min()) < 0 or longest > cache.pages.shape[1] * tokens:
-            raise ValueError(f"cache.lengths reaches {longest}; {cache.pages.shape[1]} pages hold {cache.pages.shape[1] * tokens} tokens")
+    elif any(part is not None for part in (cache.k_scale, cache.v_scale, cache.k_recent, cache.v_recent)):
+        raise ValueError(f"cache has scales or rings of e4m3, and k_slc is {cache.k_slc.dtype}; give k_slc and v_slc in torch.float8_e4m3fn, or leave them out")
+    for part, (shape, dtype) in wanted.items():
+        held = getattr(cache, part)
+        if not isinstance(held, Tensor) or tuple(held.shape) != shape or held.dtype != dtype or held.device != x.device or not held.is_contiguous():
+            raise ValueError(f"cache.{part} is {_describe(held)}; {name} and k_slc ask for contiguous {dtype} {list(shape)} on {x.device}")
+    if sequences and (x.device.type == "cpu" or os.environ.get("NSA_CHECK") == "1"):
+        _check_places(cache, count, tokens)
+    return kv_heads
+
+
+def _check_places(cache: PagedKeysValues, count: int, tokens: int) -> None:
+    """What only the device knows."""
+    longest, most = int(cache.lengths.max()), cache.pages.shape[1] * tokens
+    if int(cache.lengths.min()) < 0 or longest > most:
+        raise ValueError(f"cache.lengths goes from {int(cache.lengths.min())} to {longest}; {cache.pages.shape[1]} pages hold 0 … {most} tokens")
+    used = cache.pages[torch.arange(cache.pages.shape[1], device=cache.pages.device) * tokens < cache.lengths[:, None]]
+    if len(used) and (int(used.min()) < 0 or int(used.max()) >= count):
+        raise ValueError(f"cache.pages names pages from {int(used.min())} to {int(used.max())} within the lengths; there are 0 … {count - 1}")
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__

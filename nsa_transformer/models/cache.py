@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_transformer.config import KVCacheConfig, ModelConfig
 from nsa_transformer.kernels.decode import append_rows
 from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
-from nsa_transformer.models.cache_size import dense_capacity
+from nsa_transformer.models.cache_size import dense_capacity, newest_tokens
 from nsa_transformer.models.chunk import ChunkPlan, SparseChunkPlan, ring_pieces, write_ring
 from nsa_transformer.models.dense_cache import DenseLayerCache
 
@@ -38,6 +38,7 @@ class KVCache:
         self.quantized = self.settings.quantization == "fp8"
         if self.quantized and config.attention != "nsa":
             raise ValueError(f"memory.kv_cache.quantization=fp8 is for model.attention=nsa, not {config.attention}; write memory.kv_cache.quantization=none")
+        self.threshold = newest_tokens(config, self.settings) if self.quantized else 0
         self.lengths = [0] * num_sequences
         self.span = page_tokens(config.nsa)
         self._pages: list[list[int]] = [[] for _ in range(num_sequences)]
@@ -64,8 +65,7 @@ class KVCache:
 
     def extend(self, sequence: int, num_tokens: int, device: torch.device) -> ChunkPlan:
         """Make room for `num_tokens` more; what the layers are to do with them. Raises `ValueError` where the sequence would outgrow the model's positions."""
-        if not 0 <= sequence < len(self.lengths):
-            raise ValueError(f"sequence={sequence} is not in the cache; write 0 … {len(self.lengths) - 1}")
+        self._check_number(sequence=sequence)
         start = self.lengths[sequence]
         end = start + num_tokens
         self._check_room(end)
@@ -74,7 +74,7 @@ class KVCache:
         if self.config.attention != "nsa":
             return ChunkPlan(sequence, start, end)
         assert self.table is not None
-        threshold = self.settings.threshold if self.quantized else None
+        threshold = self.threshold if self.quantized else None
         return SparseChunkPlan.build(sequence, start, end, self.table[sequence], self.config.nsa, threshold)
 
     def reserve_step(self, device: torch.device) -> None:
@@ -103,6 +103,7 @@ class KVCache:
 
     def fork(self, source: int, target: int) -> None:
         """Let `target`, which must be empty, go on from where `source` is: a prefix is computed once. Whole pages are shared, the rest is copied."""
+        self._check_number(source=source, target=target)
         if self.lengths[target] or source == target:
             raise ValueError(f"target={target} has {self.lengths[target]} tokens; free it first, or name another sequence")
         length = self.lengths[source]
@@ -121,6 +122,7 @@ class KVCache:
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; its pages serve others."""
+        self._check_number(sequence=sequence)
         for page in self._pages[sequence]:
             self._users[page] -= 1
             if not self._users[page]:
@@ -134,6 +136,11 @@ class KVCache:
         """Whether the newest token of some sequence completed a block that is to be compressed."""
         block, stride = self.config.nsa.compress_block, self.config.nsa.compress_stride
         return any(length >= block and (length - block) % stride == 0 for length in self.lengths)
+
+    def _check_number(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            if not 0 <= number < len(self.lengths):
+                raise ValueError(f"{name}={number} is not in the cache; write 0 … {len(self.lengths) - 1}")
 
     def _check_room(self, length: int) -> None:
         limit = self.config.max_position_embeddings
@@ -194,7 +201,7 @@ class SparseLayerCache:
         count, held = owner.num_pages, len(owner.lengths)
         rings = {"win": ring_tokens(config), "raw": config.compress_block}
         if quantized:
-            rings["recent"] = recent_tokens(config, owner.settings.threshold)
+            rings["recent"] = recent_tokens(config, owner.threshold)
         for name, x in rows.items():
             heads, width = x.shape[1:]
             in_pages = {"cmp": page_rows(config), "slc": owner.span}
@@ -307,7 +314,7 @@ class SparseLayerCache:
         if not stores:
             self._make({"k": rows.k_slc, "v": rows.v_slc})
         assert owner.device_lengths is not None and owner.table is not None
-        cache = PagedKeysValues(owner.table, owner.device_lengths, threshold=owner.settings.threshold if owner.quantized else 0, **stores)
+        cache = PagedKeysValues(owner.table, owner.device_lengths, threshold=owner.threshold, **stores)
         append_rows(rows, cache, config, backend=backend)
         if owner.compression_due():
             lengths = owner.device_lengths.long()

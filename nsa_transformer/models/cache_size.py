@@ -18,6 +18,11 @@ def dense_capacity(longest: int) -> int:
     return max(SHORTEST, 1 << (longest - 1).bit_length())
 
 
+def newest_tokens(model: ModelConfig, settings: KVCacheConfig) -> int:
+    """Tokens that a cache in FP8 keeps in the compute dtype: `settings.threshold`, as far as a sequence can be so long, so that no ring is larger than that."""
+    return min(settings.threshold, model.max_position_embeddings)
+
+
 @dataclass(frozen=True)
 class CacheSize:
     """Bytes over all layers, by what they hold: `page` of a page of `page_tokens` tokens (dense attention has none: there a page is a token), `sequence` of
@@ -67,5 +72,5 @@ def cache_size(model: ModelConfig, settings: KVCacheConfig | None = None, dtype:
     if settings.quantization == "fp8":
         scales = 2 * model.num_layers * model.num_kv_heads * SCALE.itemsize
         page = {"selected": tokens * width, "scales": tokens * scales, "compressed": page["compressed"]}
-        sequence["not yet in FP8"] = recent_tokens(nsa, settings.threshold) * row
+        sequence["not yet in FP8"] = recent_tokens(nsa, newest_tokens(model, settings)) * row
     return CacheSize(tokens, page, sequence)

@@ -167,6 +167,7 @@ class Transformer(nn.Module):
         """
         if tokens.dim() != 1 or tokens.dtype != torch.int64 or len(tokens) != len(cache.lengths):
             raise ValueError(f"tokens is {tokens.dtype} {list(tokens.shape)}; give torch.int64 [{len(cache.lengths)}], a token of each sequence of the cache")
+        self._check_ids(tokens)  # before the cache counts a token
         cache.reserve_step(tokens.device)
         return self.decode_reserved(tokens, cache)
 
@@ -210,13 +211,17 @@ class Transformer(nn.Module):
             raise ValueError("cu_seqlens and cache exclude each other: a cache holds one sequence")
         if loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1")
-        if tokens.device.type != "cpu" or not len(tokens):
+        self._check_ids(tokens)
+        if tokens.device.type != "cpu":
             return
         last = self.config.vocab_size - 1
-        if int(tokens.min()) < 0 or int(tokens.max()) > last:
-            raise ValueError(f"tokens holds ids from {int(tokens.min())} to {int(tokens.max())}; the vocabulary is 0 … {last}")
         if targets is not None and bool(((targets != IGNORE) & ((targets < 0) | (targets > last))).any()):
             raise ValueError(f"targets holds ids from {int(targets.min())} to {int(targets.max())}; write 0 … {last}, or {IGNORE} where there is no loss")
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        last = self.config.vocab_size - 1
+        if tokens.device.type == "cpu" and len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) > last):
+            raise ValueError(f"tokens holds ids from {int(tokens.min())} to {int(tokens.max())}; the vocabulary is 0 … {last}")
 
     def _check_lengths(self, cu_seqlens: Tensor) -> None:
         longest = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1 else 0

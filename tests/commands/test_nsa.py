@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +72,8 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
         (["generate", "~nobody-here/x", "--prompt", "a"], r"^error: RUN=~nobody-here/x does not exist"),
         (["generate", "{run}", "--prompt", ""], r"the prompt has no token"),
         (["generate", "{run}", "--prompt", "a\udcff"], r"--prompt is not valid UTF-8"),
+        (["generate", "{run}", "--prompt", "a", "--stop", "b", "--stop", "\udcff"], r"--stop is not valid UTF-8"),
+        (["chat", "{run}", "--system", "a\udcff"], r"--system is not valid UTF-8"),
         (["generate", "{run}", "--prompt", "a", "--max-new-tokens", "99999"], r"max_position_embeddings=2048; ask for \d+ new tokens or fewer"),
         (["generate", "{run}", "--prompt", "a", "--temperature", "-1"], r"temperature=-1"),
         (["generate", "{run}", "--prompt", "a", "--top-p", "0"], r"top_p=0"),
@@ -181,7 +186,35 @@ def test_chat(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert nsa(*ask) == (0, out, err), "the same seed, the same answers"
     monkeypatch.setattr(sys, "stdin", io.StringIO("text " * 3000 + "\nline\n"))
     status, out, err = nsa(*ask)
-    assert status == 0 and err.count("error:") == 1 and "max_position_embeddings=2048" in err and out.strip()
+    assert status == 2 and err.count("error:") == 1 and "max_position_embeddings=2048" in err and out.strip(), "a script learns that an answer is missing"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\udcff\nline\n"))
+    status, out, err = nsa(*ask)
+    assert status == 2 and err.count("error:") == 1 and "error: the message is not valid UTF-8\n" in err and out.strip()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
+    status, out, err = nsa(*ask)
+    assert status == 2 and out == "" and err.endswith("\nerror: the input is not valid utf-8\n")
+    is_one_message(nsa(*ask, "--max-new-tokens", "2048"), r"no message leaves room for an answer of max_new_tokens=2048.*ask for at most \d+$")
+    monkeypatch.setattr(sys, "stdin", None)
+    is_one_message(nsa(*ask), r"standard input is closed")
+
+
+def test_output_that_cannot_be_written(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = [sys.executable, "-m", "nsa_transformer.cli", "plan", str(finished / "run")]
+    reading, writing = os.pipe()
+    os.close(reading)
+    outputs = [(writing, (141, ""))]
+    if os.path.exists("/dev/full"):
+        outputs.append((os.open("/dev/full", os.O_WRONLY), (2, "error: [Errno 28] No space left on device\n")))
+    for output, answer in outputs:
+        done = subprocess.run(ask, stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        os.close(output)
+        assert (done.returncode, done.stderr) == answer
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where it is closed
+    assert cli.main(ask[3:]) == 0
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(["generate", str(finished / "run"), "--prompt", "é", "--max-new-tokens", "1", "--device", "cpu"])
+    assert status == 2 and err.getvalue() == "error: '\\xe9' cannot be written in ascii; set PYTHONIOENCODING=utf-8 in the environment\n"
 
 
 def test_inspect_and_doctor(finished: Path) -> None:

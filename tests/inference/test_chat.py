@@ -102,6 +102,14 @@ def test_what_cannot_chat(model: Transformer) -> None:
     chatty = train_tokenizer(["a b c " * 30], 290, chat_tokens=True)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         Chat(model, chatty, GREEDY, 0)
+    with pytest.raises(ValueError, match=r"for an answer of max_new_tokens=400.*max_position_embeddings=400; ask for at most (\d+)$") as caught:
+        Chat(model, chatty, GREEDY, 400)
+    most = int(str(caught.value).split()[-1])
+    assert "".join(Chat(model, chatty, GREEDY, most).say("")) is not None
+    with pytest.raises(ValueError, match=f"ask for at most {most}$"):
+        Chat(model, chatty, GREEDY, most + 1)
+    with pytest.raises(ValueError, match=r"write a shorter system message$"):
+        Chat(model, chatty, GREEDY, 20, system="x y z " * 200)
 
 
 def test_the_model_is_left_without_gradients(model: Transformer, tokenizer: Tokenizer) -> None:

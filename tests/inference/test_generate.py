@@ -83,6 +83,18 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
     assert next_token_probabilities(logits, SamplingConfig(temperature=0, repetition_penalty=1.1), seen).argmax() == 3
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1e40, 1e300])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_no_repetition_penalty_overflows(penalty: float, temperature: float):
+    config = SamplingConfig(temperature=temperature, repetition_penalty=penalty)
+    logits = torch.tensor([2.0, -1.0, 0.0, 0.5, -math.inf])
+    for seen in ([True] * 5, [True, True, False, False, True], [False, True, True, True, False]):
+        found = next_token_probabilities(logits, config, torch.tensor(seen))
+        assert found.isfinite().all() and found.sum() == pytest.approx(1.0) and found[4] == 0, seen
+    found = next_token_probabilities(logits, config, torch.tensor([True, False, False, False, False]))
+    assert found.argmax() == (0 if penalty < 1 else 3)
+
+
 def test_rows_are_independent():
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
     seen = torch.rand(5, 40, generator=torch.Generator().manual_seed(1)) < 0.3
@@ -166,6 +178,21 @@ def test_end_of_document_stops(model: Transformer):
     end = ids[7]
     assert list(generate(model, PROMPT, 20, GREEDY, eod_id=end)) == ids[: ids.index(end)]
     assert list(generate(model, PROMPT, 20, GREEDY, eod_id=10**6)) == ids
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(repetition_penalty=1.1, seed=1)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_named(sampling: SamplingConfig, value: float):
+    broken = small_model(tie_embeddings=False).eval().requires_grad_(False)
+    broken.head.weight.fill_(value)
+    with pytest.raises(ValueError, match=r"^the model's logits are not finite.*overflows in float32; try another checkpoint"):
+        list(generate_batch(broken, [PROMPT, PROMPT[:4]], 3, sampling))
+    one = torch.zeros(2, 4)
+    one[1, 2] = value
+    alone = module.draw_tokens(one, sampling, None, module.seeded_generators(1, 2, one.device), [0])
+    assert alone[1][0] == int(alone[0][0]), "a row that is not asked for may hold whatever it likes"
+    if value == -math.inf:
+        assert module.draw_tokens(one, sampling, None, module.seeded_generators(1, 2, one.device), [0, 1])[1][1] != 2
 
 
 PROMPTS = [PROMPT, PROMPT[:4], [*PROMPT, 5, 6, 7], random_tokens(150, 3).tolist(), [9]]
@@ -257,6 +284,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, pieces: Sequence[bytes], stop: Seq
         ("one two three", ["three!"], "one two three"),
         ("aaab", ["aab"], "a"),
         ("abababc", ["ababc"], "ab"),
+        ("xabcd", ["abc", "b"], "xa"),
+        ("xabcd", ["d", "abcd", "bcd"], "x"),
         ("x\n\ny", ["\n\n"], "x"),
         ("price: 5 € or 6 €.", ["€ or"], "price: 5 "),
         ("añb", ["ñ"], "a"),

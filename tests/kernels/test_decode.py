@@ -139,6 +139,48 @@ def test_scales_of_another_dtype_are_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_mistakes_are_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSA_CHECK", "1")
+    parts = paged(sequences([40, 300], SMALL, torch.float32, 2, 64, 64), SMALL, torch.float32)
+    rings = {f"{name}_raw": torch.zeros(2, 2, 8, 64, device=DEVICE) for name in "kv"}
+    cache = replace(parts, **rings)
+    q, gates = torch.randn(2, 4, 64, device=DEVICE), torch.rand(2, 4, 3, device=DEVICE)
+    rows = NewRows(*(torch.randn(2, 2, 64, device=DEVICE) for _ in range(6)))
+
+    def decode(q=q, gates=gates, cache=cache, scale=None):
+        return nsa_decode(q, gates, cache, SMALL, scale=scale, backend=backend)
+
+    def append(rows=rows, cache=cache):
+        append_rows(rows, cache, SMALL, backend=backend)
+
+    for call, pattern in (
+        (lambda: decode(q=[1]), r"^q is list; give a tensor \[B, Hq, Dk\]"),
+        (lambda: decode(gates=None), r"^gates is NoneType; give a tensor \[B, Hq, 3\]"),
+        (lambda: decode(gates=gates[:1]), r"^gates is torch\.float32 \[1, 4, 3\] .*\[2, 4, 3\]"),
+        (lambda: decode(q=q[:, :3]), r"^q has 3 heads, which k_slc's 2 do not divide"),
+        (lambda: decode(scale=0), r"^scale=0 must be greater than 0"),
+        (lambda: decode(cache=None), r"^cache is NoneType; give a PagedKeysValues"),
+        (lambda: decode(cache=replace(cache, pages=cache.pages.long())), r"^cache\.pages is torch\.int64 .*contiguous torch\.int32 \[2, 3\]"),
+        (lambda: decode(cache=replace(cache, pages=cache.pages + 100)), r"^cache\.pages names pages from 10\d to 10\d within the lengths; there are 0 … 4"),
+        (lambda: decode(cache=replace(cache, lengths=cache.lengths * 3)), r"^cache\.lengths goes from 120 to 900; 3 pages hold 0 … 768"),
+        (lambda: decode(cache=replace(cache, k_scale=cache.k_slc[..., 0].to(SCALE))), r"^cache has scales or rings of e4m3, and k_slc is torch\.float32"),
+        (lambda: append(rows=tuple(rows)), r"^rows is tuple; give a NewRows"),
+        (lambda: append(rows=rows._replace(v_win=rows.v_win[:1])), r"^rows\.v_win is torch\.float32 \[1, 2, 64\] .*ask for torch\.float32 \[2, 2, 64\]"),
+        (lambda: append(rows=rows._replace(k_raw=rows.k_raw.half())), r"^rows\.k_raw is torch\.float16"),
+        (
+            lambda: append(rows=NewRows(*(x.repeat(2, 1, 1) for x in rows))),
+            r"^cache\.k_win is .*; rows\.k_slc and k_slc ask for contiguous torch\.float32 \[4, 2",
+        ),
+        (lambda: append(cache=parts), r"^cache\.k_raw is NoneType; .*\[2, 2, 8, 64\]"),
+        (lambda: append(cache=replace(cache, v_raw=cache.v_raw[:, :, :4].contiguous())), r"^cache\.v_raw is torch\.float32 \[2, 2, 4, 64\]"),
+    ):
+        with pytest.raises(ValueError, match=pattern):
+            call()
+    append()
+    assert decode().isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[1], [7, 8, 9, 0, 15, 16, 17], [255, 256, 257], [300, 1, 771], [513, 0, 64, 80, 81]], ids=str)
 def test_lengths(lengths: list[int], backend: str) -> None:
     check(lengths, backend=backend)

@@ -120,6 +120,19 @@ def test_past_the_last_position():
 
 
 @torch.no_grad()
+def test_a_refused_token_leaves_nothing_behind():
+    model, tokens = small_model(), random_tokens(30)
+    cache = model.new_cache()
+    model(tokens[:10], cache=cache)
+    for call in (lambda wrong: model.decode(wrong, cache), lambda wrong: model(wrong, cache=cache)):
+        with pytest.raises(ValueError, match=r"tokens holds ids from 61 to 61; the vocabulary is 0 … 60"):
+            call(torch.tensor([61]))
+    assert cache.lengths == [10]
+    for place in range(10, 30):
+        close(model.decode(tokens[place : place + 1], cache)[0], model(tokens[: place + 1])[-1], place)
+
+
+@torch.no_grad()
 def test_two_caches_are_independent():
     model = small_model()
     first, second = random_tokens(50, 1), random_tokens(50, 2)
@@ -219,6 +232,9 @@ def test_mistakes_are_named():
         model.decode(random_tokens(2), cache)
     with pytest.raises(ValueError, match="target=1 has 20 tokens; free it first"):
         cache.fork(0, 1)
+    for call in (lambda: cache.fork(-1, 0), lambda: cache.fork(0, 2), lambda: cache.free(-1)):
+        with pytest.raises(ValueError, match=r"=(-1|2) is not in the cache; write 0 … 1"):
+            call()
     with pytest.raises(ValueError, match=r"give torch\.int64 \[2\], a token of each sequence"):
         model.decode(random_tokens(3), cache)
     with pytest.raises(ValueError, match=r"is for model\.attention=nsa, not dense"):

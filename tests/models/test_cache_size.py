@@ -24,6 +24,7 @@ from .small import random_tokens, small_model
         ({"head_dim_v": 6, "num_kv_heads": 1}, None),
         ({}, KVCacheConfig("fp8", 16)),
         ({"head_dim_v": 6}, KVCacheConfig("fp8", 0)),
+        ({}, KVCacheConfig("fp8", 10**9)),
         ({"nsa": {"compress_block": 9, "compress_stride": 3, "select_block": 12, "window": 65}}, KVCacheConfig("fp8", 23)),
         ({"attention": "dense"}, None),
         ({"attention": "window", "num_layers": 3}, None),
@@ -62,6 +63,12 @@ def test_grown_is_the_most_that_a_cache_allocates_step_by_step(changes: dict[str
             reached.append(cache.nbytes == size.total(cache.lengths, grown=True))
     assert any(reached), "no smaller figure would do"
     assert size.total(cache.lengths, 3, grown=True) == size.total(cache.lengths * 3, grown=True)
+
+
+def test_no_ring_is_longer_than_a_sequence_can_be() -> None:
+    model = small_model(max_position_embeddings=300).config
+    assert cache_size(model, KVCacheConfig("fp8", 10**9)) == cache_size(model, KVCacheConfig("fp8", 300))
+    assert cache_size(model, KVCacheConfig("fp8", 300)).per_sequence > cache_size(model, KVCacheConfig("fp8", 256)).per_sequence
 
 
 def test_by_hand() -> None:
