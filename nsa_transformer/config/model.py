@@ -142,3 +142,7 @@ class ModelConfig:
 
     def layer_has_experts(self, layer: int) -> bool:
         return self.moe.num_experts > 0 and layer >= self.moe.num_dense_layers
+
+    @property
+    def has_experts(self) -> bool:
+        return any(map(self.layer_has_experts, range(self.num_layers)))
