@@ -147,6 +147,19 @@ def test_experts_that_no_layer_has_are_warned_of(work: Path, capsys: pytest.Capt
     assert "no layer has experts" not in capsys.readouterr().err, "it was asked for"
 
 
+def test_a_router_that_learns_nothing_is_warned_of(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A single weight, renormalised, is 1: the loss does not depend on the router."""
+    without = ("model.moe.sequence_loss_weight=0", "training.weight_decay=0", "training.precision=fp32", "training.max_steps=1", "training.checkpoint_every=1")
+    for top_k, learns in ((1, False), (2, True)):
+        config = small_config(work, *QUIET, *without, f"model.moe.top_k={top_k}")
+        trainer = Trainer(config)
+        assert trainer.train() == 0
+        assert ("model.moe.top_k=1: the weight" not in capsys.readouterr().err) == learns
+        moment = trainer.optimizer.state[trainer.model.layers[1].mlp.router.weight]["exp_avg"]
+        assert (float(moment.abs().max()) > 1e-7) == learns
+        shutil.rmtree(work / "run")
+
+
 # ------------------------------------------------------------------------------------------------------- schedules
 
 

@@ -383,6 +383,11 @@ def _announce(config: Config, world: World, console: Console) -> None:
             f"no layer has experts: model.moe.num_dense_layers={moe.num_dense_layers} is all of model.num_layers={layers}, and model.moe counts for nothing; "
             f"write model.moe.num_dense_layers={layers - 1} or fewer, or model.moe.num_experts=0 if that is meant"
         )
+    if config.model.has_experts and moe.top_k == 1 < moe.num_experts and not moe.forced_balance:
+        console.warning(
+            "model.moe.top_k=1: the weight of a token's only expert is renormalised to 1 whatever the router says, so the loss teaches the router nothing; "
+            "write model.moe.top_k=2 or more"
+        )
     if moe.forced_balance:
         console.warning("model.moe.forced_balance=true: experts take turns whatever the router says; for benchmarks alone, the model learns no routing")
     if world.device.type == "cpu":
