@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -158,6 +158,20 @@ def test_a_router_that_learns_nothing_is_warned_of(work: Path, capsys: pytest.Ca
         moment = trainer.optimizer.state[trainer.model.layers[1].mlp.router.weight]["exp_avg"]
         assert (float(moment.abs().max()) > 1e-7) == learns
         shutil.rmtree(work / "run")
+
+
+def test_a_lost_rank_is_one_message(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*_: object) -> None:
+        raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:11699: Connection reset by peer.")
+
+    monkeypatch.setattr(Trainer, "_train", lose)
+    monkeypatch.setattr("nsa_transformer.training.trainer.open_world", lambda device: nullcontext(None))
+    with pytest.raises(RuntimeError, match=r"^\[pair") as alone:  # of one process it says nothing
+        Trainer(small_config(work)).train()
+    assert not isinstance(alone.value, TrainingError)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"^another rank ended while starting; .* When that is mended, start it again$"):
+        Trainer(small_config(work)).train()
 
 
 # ------------------------------------------------------------------------------------------------------- schedules

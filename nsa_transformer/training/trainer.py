@@ -29,7 +29,7 @@ from nsa_transformer.models.transformer import LossOutput, Transformer, count_pa
 from nsa_transformer.training.balance import StepLoad
 from nsa_transformer.training.console import Console
 from nsa_transformer.training.evaluate import Evaluation, evaluate
-from nsa_transformer.training.faults import OutOfMemory, Stopped, StopSignal, TrainingError, describe_out_of_memory
+from nsa_transformer.training.faults import OutOfMemory, Stopped, StopSignal, TrainingError, describe_lost_rank, describe_out_of_memory
 from nsa_transformer.training.meter import Meter
 from nsa_transformer.training.metrics import MetricsWriter
 from nsa_transformer.training.optimizer import build_optimizer, clip, learning_rate
@@ -86,9 +86,13 @@ class Trainer:
             raise TrainingError(f"{problem}; when that is mended, continue with run_dir={self.run_dir} training.resume=auto") from error
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             message = describe_out_of_memory(error, self.doing, self.config)
-            if message is None:
+            if message is not None:
+                raise OutOfMemory(message) from error
+            lost = describe_lost_rank(error, self.doing)
+            if lost is None:
                 raise
-            raise OutOfMemory(message) from error
+            how = f"continue with run_dir={self.run_dir} training.resume=auto" if self.saved is not None else "start it again"
+            raise TrainingError(f"{lost}. When that is mended, {how}") from error
 
     # ------------------------------------------------------------------------------------------------------------ the run
 
