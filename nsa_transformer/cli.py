@@ -220,7 +220,7 @@ def _load(options: argparse.Namespace) -> tuple[Transformer, Tokenizer, KVCacheC
     if store is not None:
         print(f"expert offloading: {store.describe()}", file=sys.stderr)
     elif offloading.enabled:
-        print("expert offloading: the model runs on the CPU, where its experts are as it is; nothing is moved", file=sys.stderr)
+        print("expert offloading: the model runs on the CPU, in whose memory its experts are anyway; nothing is moved", file=sys.stderr)
     return model, tokenizer, kv_cache, store
 
 

@@ -132,6 +132,14 @@ def test_a_misspelt_key_is_refused_with_the_right_one() -> None:
         build("+training.max_step=7")
 
 
+@pytest.mark.parametrize("setting", ["model.moe.forced_balance=true", "training.expert_parallel_size=2"])
+@pytest.mark.parametrize("without", ["model.moe.num_experts=0", "model.moe.num_dense_layers=4"])
+def test_what_is_for_experts_alone_is_refused_without(setting: str, without: str) -> None:
+    build("model=tiny", setting)
+    with pytest.raises(ConfigError, match=rf"^{setting}, and no layer of the model has experts; write {setting.split('=')[0]}=(1|false)$"):
+        build("model=tiny", setting, without)
+
+
 def test_hydra_leaves_no_folder_of_its_own(tmp_path: Path) -> None:
     """As in training/trainer.py: no outputs/, no .hydra/, no log file, and the working directory stays."""
     script = tmp_path / "entry.py"

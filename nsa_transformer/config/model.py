@@ -45,7 +45,7 @@ class MoEConfig:
     """Mixture-of-experts layers in the manner of DeepSeekMoE (arXiv 2401.06066) with bias-based balancing (arXiv 2408.15664)."""
 
     num_experts: int = doc("Routed experts per layer. 0: every layer is a dense MLP.", 16)
-    top_k: int = doc("Routed experts that each token visits.", 4)
+    top_k: int = doc("Routed experts that each token visits. 1: the only weight is renormalised to 1, so the loss teaches the router nothing.", 4)
     expert_size: int = doc("Hidden width of one expert (SwiGLU).", 384)
     num_shared_experts: int = doc("Experts that every token visits, computed as one MLP of num_shared_experts * expert_size.", 1)
     num_dense_layers: int = doc("First layers that keep a dense MLP instead of experts.", 1)
@@ -142,3 +142,7 @@ class ModelConfig:
 
     def layer_has_experts(self, layer: int) -> bool:
         return self.moe.num_experts > 0 and layer >= self.moe.num_dense_layers
+
+    @property
+    def has_experts(self) -> bool:
+        return any(map(self.layer_has_experts, range(self.num_layers)))

@@ -316,8 +316,14 @@ class Config:
         ahead, top_k = self.memory.expert_offloading.prefetch, self.model.moe.top_k
         need(ahead <= top_k, f"memory.expert_offloading.prefetch={ahead} is more than model.moe.top_k={top_k}; write {top_k} or fewer")
         size, experts = self.training.expert_parallel_size, self.model.moe.num_experts
-        has_experts = any(map(self.model.layer_has_experts, range(self.model.num_layers)))
-        need(size == 1 or has_experts, f"training.expert_parallel_size={size}, and no layer of the model has experts; write training.expert_parallel_size=1")
+        need(
+            size == 1 or self.model.has_experts,
+            f"training.expert_parallel_size={size}, and no layer of the model has experts; write training.expert_parallel_size=1",
+        )
+        need(
+            self.model.has_experts or not self.model.moe.forced_balance,
+            "model.moe.forced_balance=true, and no layer of the model has experts; write model.moe.forced_balance=false",
+        )
         fits = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
         need(experts % size == 0, f"training.expert_parallel_size={size} does not divide model.moe.num_experts={experts}; write one of {fits}")
 

@@ -11,7 +11,7 @@ from nsa_transformer.config import Config, ConfigError, ExpertOffloadingConfig
 from nsa_transformer.data.tokenizer import Tokenizer
 from nsa_transformer.distributed.checkpoint import CONFIG, load_weights, read_config, resolve_weights
 from nsa_transformer.distributed.world import choose_device
-from nsa_transformer.memory.expert_offload import offload_experts
+from nsa_transformer.memory.expert_offload import NO_EXPERTS, offload_experts
 from nsa_transformer.models.moe import MixtureOfExperts
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.utils.files import expand_home
@@ -75,6 +75,8 @@ class SavedModel:
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {config.model.vocab_size}")
         offloading = expert_offloading or config.memory.expert_offloading
+        if offloading.enabled and not config.model.has_experts:
+            raise ConfigError(NO_EXPERTS)
         model = _offloaded(folder, config, target, dtype, offloading) if offloading.enabled and target.type != "cpu" else _whole(folder, config, target, dtype)
         return model.requires_grad_(False).eval(), tokenizer
 

@@ -29,10 +29,34 @@ STREAM_BYTES = 64 << 20  # of a buffer of streaming: over 1 ms of the link, besi
 STREAM_SHARE = 1 / 8  # of the budget, at most, for both buffers
 FREE_SHARE = 0.75  # of the free memory, where no budget is given; the rest is for the cache and for activations
 
+NO_EXPERTS = (
+    "memory.expert_offloading.enabled=true, and this model has no experts; write memory.expert_offloading.enabled=false, or leave --expert-offloading out"
+)
+
 
 def most_bytes(layers: int, experts: int, expert_bytes: int) -> int:
     """GPU memory of slots and buffers whatever the budget: then no expert is ever missing."""
     return (layers * experts + 2 * min(experts, max(1, STREAM_BYTES // expert_bytes))) * expert_bytes
+
+
+def least_bytes(layers: int, experts: int, expert_bytes: int, top_k: int) -> int:
+    """GPU memory below which no token can be computed: its experts in each layer, two to stream, and the tables."""
+    return (layers * top_k + 2) * expert_bytes + _state_bytes(layers, experts)
+
+
+def check_budget(budget: int, layers: int, experts: int, expert_bytes: int, top_k: int) -> None:
+    """Raises `ConfigError` where `budget` bytes are fewer than `least_bytes`."""
+    least = least_bytes(layers, experts, expert_bytes, top_k)
+    if budget < least:
+        raise ConfigError(
+            f"memory.expert_offloading.gpu_budget_gib: {budget / GIB:.3f} GiB do not hold the {top_k} experts that a token needs in each of {layers} "
+            f"layers, and two to stream; write {least / GIB + 5e-4:.3f} or more"
+        )
+
+
+def _state_bytes(layers: int, experts: int) -> int:
+    """Tables, lists and counts, at their largest."""
+    return layers * (6 * experts + 32) * 4
 
 
 @dataclass(frozen=True)
@@ -113,16 +137,10 @@ class ExpertStore:
 
     def _divide(self, budget: int, top_k: int) -> tuple[int, int]:
         """Slots of each layer, and experts of each of the two buffers for streaming."""
-        state = self.layers * (6 * self.experts + 32) * 4  # tables, lists and counts, at their largest
-        room = (budget - state) // self.expert_bytes
+        check_budget(budget, self.layers, self.experts, self.expert_bytes, top_k)
+        room = (budget - _state_bytes(self.layers, self.experts)) // self.expert_bytes
         wanted = min(STREAM_BYTES // self.expert_bytes, int(room * STREAM_SHARE / 2))
         chunk = min(self.experts, max(1, wanted), (room - self.layers * top_k) // 2)
-        if chunk < 1:
-            need = ((self.layers * top_k + 2) * self.expert_bytes + state) / GIB
-            raise ConfigError(
-                f"memory.expert_offloading.gpu_budget_gib: {budget / GIB:.3f} GiB do not hold the {top_k} experts that a token needs in each of {self.layers} "
-                f"layers, and two to stream; write {need + 5e-4:.3f} or more"
-            )
         return min(self.experts, (room - 2 * chunk) // self.layers), chunk
 
     # ------------------------------------------------------------------------------------------------------------ weights
@@ -330,7 +348,7 @@ def offload_experts(model: nn.Module, device: torch.device, config: ExpertOffloa
     """
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     if not mixtures:
-        raise ConfigError("memory.expert_offloading.enabled=true, and this model has no experts; write false")
+        raise ConfigError(NO_EXPERTS)
     assert all(mixture.w13.is_meta and mixture.w2.is_meta for mixture in mixtures)
     experts, hidden_size, width = mixtures[0].w2.shape
     store = ExpertStore(len(mixtures), experts, hidden_size, width, mixtures[0].router.config.top_k, mixtures[0].w13.dtype, device, config)

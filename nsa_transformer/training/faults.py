@@ -90,3 +90,13 @@ def describe_out_of_memory(error: BaseException, doing: str, config: Config) -> 
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     packs = f"packs of {data.max_length} tokens × micro_batch_size {training.micro_batch_size}"
     return f"out of memory while {doing}, with {packs}. Try {', '.join(helps)}. ({first_line})"
+
+
+_LOST_WORDS = ("Connection reset by peer", "Connection closed by peer", "Broken pipe")  # gloo's, of a rank whose process is gone
+
+
+def describe_lost_rank(error: BaseException, doing: str) -> str | None:
+    """One message where an error says that another rank of this run is gone; None where it does not."""
+    if "WORLD_SIZE" not in os.environ or not any(word in str(error) for word in _LOST_WORDS):
+        return None
+    return f"another rank ended while {doing}; where it says nothing itself, the system may have killed it for want of memory"

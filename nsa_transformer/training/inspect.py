@@ -18,7 +18,8 @@ def describe_run(run_dir: Path) -> str:
     total, active = count_parameters(config.model)
     model, training = config.model, config.training
     lines = [
-        f"model       {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {model.num_layers} layers, {model.attention} attention",
+        f"model       {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {model.num_layers} layers, {model.attention} attention"
+        + (", model.moe.forced_balance: routing not learned" if model.moe.forced_balance else ""),
         f"data        {config.data.path or 'source of the Python standard library'}, packs of {config.data.max_length} tokens",
     ]
     metrics = run_dir / "metrics.jsonl"

@@ -54,6 +54,8 @@ def _tidy(axes: Any, title: str = "", xlabel: str = "", ylabel: str = "") -> Non
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    if xlabel == "step":
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.25
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -172,10 +174,12 @@ def _expert_load(rows: Rows) -> Any:
     figure = _figure((4.2 if len(worst[0]) else 1.2) + min(max(0.28 * len(share), 1.8), 6))
     axes_list = figure.subplots(2 if len(worst[0]) else 1, 1, squeeze=False, height_ratios=[1.5, 1] if len(worst[0]) else [1])[:, 0]
     heat = axes_list[0]
-    # Blue below and orange above an even share, white at it; a load beyond twice the mean keeps the darkest colour.
+    # Purple below and orange above an even share, white at it; a load beyond twice the mean keeps the darkest colour.
     image = heat.imshow(relative, aspect="auto", cmap="PuOr_r", vmin=0, vmax=2, interpolation="nearest")
     source = "validation" if "val_loss" in with_load[-1] else "training"
     title = f"Expert load of {source}, step {with_load[-1]['step']} (1 = even share, {share.shape[1]} experts)"
+    if any(row.get("forced_balance") for row in rows):
+        title += "\nforced balance: experts took turns, whatever the router said"
     heat.set_title(title, loc="left", fontsize=12, fontweight="bold")
     heat.set_xlabel("expert")
     heat.set_ylabel("MoE layer")

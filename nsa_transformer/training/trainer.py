@@ -29,7 +29,7 @@ from nsa_transformer.models.transformer import LossOutput, Transformer, count_pa
 from nsa_transformer.training.balance import StepLoad
 from nsa_transformer.training.console import Console
 from nsa_transformer.training.evaluate import Evaluation, evaluate
-from nsa_transformer.training.faults import OutOfMemory, Stopped, StopSignal, TrainingError, describe_out_of_memory
+from nsa_transformer.training.faults import OutOfMemory, Stopped, StopSignal, TrainingError, describe_lost_rank, describe_out_of_memory
 from nsa_transformer.training.meter import Meter
 from nsa_transformer.training.metrics import MetricsWriter
 from nsa_transformer.training.optimizer import build_optimizer, clip, learning_rate
@@ -86,9 +86,13 @@ class Trainer:
             raise TrainingError(f"{problem}; when that is mended, continue with run_dir={self.run_dir} training.resume=auto") from error
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             message = describe_out_of_memory(error, self.doing, self.config)
-            if message is None:
+            if message is not None:
+                raise OutOfMemory(message) from error
+            lost = describe_lost_rank(error, self.doing)
+            if lost is None:
                 raise
-            raise OutOfMemory(message) from error
+            how = f"continue with run_dir={self.run_dir} training.resume=auto" if self.saved is not None else "start it again"
+            raise TrainingError(f"{lost}. When that is mended, {how}") from error
 
     # ------------------------------------------------------------------------------------------------------------ the run
 
@@ -177,6 +181,8 @@ class Trainer:
         # Read before the update: what crosses the link beside that of an offloaded optimizer waits for its end.
         values = {"loss": loss.item(), "lr": rate, "grad_norm": grad_norm.item()}
         statistics = load_statistics(load) if load.numel() else {}
+        if self.config.model.moe.forced_balance:
+            statistics["forced_balance"] = True  # else the rows and plots of a benchmark would look like those of a well-balanced router
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         if finite:
             self.optimizer.step()
@@ -259,14 +265,14 @@ class Trainer:
         check_expert_parallel(config.expert_parallel_size, world)
 
     def _check_offloading(self, world: World) -> None:
-        memory, model = self.config.memory, self.config.model
+        memory = self.config.memory
         for key, enabled in (("expert_offloading", memory.expert_offloading.enabled), ("optimizer_offloading", memory.optimizer_offloading.enabled)):
             if enabled and world.mesh is not None:
                 raise ConfigError(
                     f"memory.{key}.enabled=true is built for training in one process, and torchrun started this one; start it without torchrun, or write "
                     f"memory.{key}.enabled=false: FSDP2 shares weights and moments among the ranks"
                 )
-        if memory.expert_offloading.enabled and not any(map(model.layer_has_experts, range(model.num_layers))):
+        if memory.expert_offloading.enabled and not self.config.model.has_experts:
             raise ConfigError(
                 "memory.expert_offloading.enabled=true, and the model has no experts; write memory.expert_offloading.enabled=false, "
                 "and memory.optimizer_offloading.enabled=true for its optimizer"
@@ -375,7 +381,18 @@ def _announce(config: Config, world: World, console: Console) -> None:
     ranks = f" × {world.size} ranks" if world.size > 1 else ""
     size = f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active for a token"
     console.info(f"{size}; {config.model.attention} attention{_backend(config, world.device)}; {device_name(world.device)}{ranks}")
-    if config.model.moe.num_experts and config.model.moe.forced_balance:
+    moe, layers = config.model.moe, config.model.num_layers
+    if moe.num_experts and not config.model.has_experts:
+        console.warning(
+            f"no layer has experts: model.moe.num_dense_layers={moe.num_dense_layers} is all of model.num_layers={layers}, and model.moe counts for nothing; "
+            f"write model.moe.num_dense_layers={layers - 1} or fewer, or model.moe.num_experts=0 if that is meant"
+        )
+    if config.model.has_experts and moe.top_k == 1 < moe.num_experts and not moe.forced_balance:
+        console.warning(
+            "model.moe.top_k=1: the weight of a token's only expert is renormalised to 1 whatever the router says, so the loss teaches the router nothing; "
+            "write model.moe.top_k=2 or more"
+        )
+    if moe.forced_balance:
         console.warning("model.moe.forced_balance=true: experts take turns whatever the router says; for benchmarks alone, the model learns no routing")
     if world.device.type == "cpu":
         tokens = config.training.max_steps * config.training.batch_size * config.data.max_length

@@ -86,6 +86,10 @@ def test_generate_with_experts_in_host_memory(finished: Path, monkeypatch: pytes
         (["plan", "/nope"], r"/nope does not exist, and is no override"),
         (["plan", "~model"], r"~model does not exist, and is no override.*such as model=large"),
         (["plan", "memory.expert_offloading.enabled=true", "model.moe.num_experts=0"], r"has no experts; write memory\.expert_offloading\.enabled=false"),
+        (
+            ["plan", "model=tiny", "memory.expert_offloading.enabled=true", "memory.expert_offloading.gpu_budget_gib=0.0001", "--memory", "80"],
+            r"gpu_budget_gib: 0\.000 GiB do not hold the 2 experts that a token needs in each of 3 layers, and two to stream; write 0\.001 or more$",
+        ),
         (["plan", "modl=tiny"], r"unknown key modl; did you mean model"),
         (["plan", "model=huge"], r"model=huge does not exist; write .*model=tiny"),
         (["plan", "model=tiny,base"], r"model=tiny,base has several values; write one, KEY=\[A,B\] for a list"),
@@ -245,6 +249,11 @@ def test_plan(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     out = nsa("plan", "model=large", "memory.expert_offloading.enabled=true", "--memory", "80")[1]
     assert "with slots of 2.94 GiB" in out and "memory   4.0" in out
     assert "with slots of 0.00 GiB" in nsa("plan", "model=large", "memory.expert_offloading.enabled=true", "--memory", "0.1")[1]
+    # Where generating would refuse: three quarters of what is free, or a budget that is not there.
+    large = ["plan", "model=large", "--length", "1k", "memory.expert_offloading.enabled=true"]
+    assert "does not fit, the experts of a token and two to stream take 0.27 GiB, more than 75% of what is free\n" in nsa(*large, "--memory", "0.8")[1]
+    out = nsa(*large, "memory.expert_offloading.gpu_budget_gib=3", "--memory", "3.52")[1]
+    assert "does not fit, memory.expert_offloading.gpu_budget_gib=3 is more than the 2.99 GiB that are free\n" in out
     assert "slots of 75% of what is free" in nsa("plan", "model=large", "memory.expert_offloading.enabled=true")[1] or torch.cuda.is_available()
     assert f"{10**12} x 1,024 tokens" in nsa("plan", "model=large", "--length", "1k", "--batch", str(10**12))[1]
     dense = nsa("plan", "model=large", "model.attention=dense", "--memory", "80")[1]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, Popen
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa_transformer.distributed.checkpoint import checkpoint_path
+from nsa_transformer.distributed.checkpoint import checkpoint_path, find_damage, list_checkpoints, step_of
 from nsa_transformer.distributed.expert_parallel import KEPT, ExpertParallel
 from nsa_transformer.distributed.world import World
 from nsa_transformer.kernels import experts
@@ -21,7 +25,7 @@ from nsa_transformer.training.metrics import read_metrics
 
 from ..memory.test_activation_checkpointing import step as train_once
 from ..models.small import small_config, small_model
-from ..runs import ENTRY, SMALL, command, write_corpus
+from ..runs import ENTRY, QUIET, SMALL, command, environment, write_corpus
 from .launch import assert_close, assert_same, launch, tensors
 from .worker import Job, train
 
@@ -190,6 +194,40 @@ def test_a_run_of_the_command(tmp_path: Path) -> None:
     done = run("two", "training.resume=auto", "training.max_steps=8", "training.expert_parallel_size=1")
     assert done.returncode == 0, done.stderr
     assert read_metrics(tmp_path / "two" / "metrics.jsonl")[-1]["step"] == 8
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed(tmp_path: Path) -> None:
+    """The other one says so in a line, and what was saved goes on, alone and with the experts in host memory."""
+    write_corpus(tmp_path / "text")
+    run = [*SMALL, *QUIET, f"data.path={tmp_path / 'text'}", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        more = ("training.expert_parallel_size=2", "training.max_steps=100000", "training.eval_every=0")
+        with open(tmp_path / rank, "w") as said:
+            ranks.append(Popen([sys.executable, str(ENTRY), *run, *more], env=environment(**world), stdout=said, stderr=said))
+    try:
+        until = time.monotonic() + 120
+        while not checkpoint_path(tmp_path / "run", 4).exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        ranks[1].kill()
+        assert ranks[0].wait(60) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = (tmp_path / "0").read_text()
+    assert re.search(r"^error: another rank ended while \w.*continue with run_dir=\S+run training\.resume=auto$", said, re.MULTILINE), said
+    assert "Traceback" not in said
+    reached = list_checkpoints(tmp_path / "run")[-1]
+    assert find_damage(reached) is None
+    more = ("training.resume=auto", "training.expert_parallel_size=1", "memory.expert_offloading.enabled=true", f"training.max_steps={step_of(reached) + 1}")
+    done = command(str(ENTRY), *run, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"continuing {reached} at step {step_of(reached)}" in done.stdout
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from nsa_transformer import Transformer, load_checkpoint
-from nsa_transformer.config import Config, ConfigError, DataConfig, KVCacheConfig, MemoryConfig, TrainingConfig
+from nsa_transformer.config import Config, ConfigError, DataConfig, ExpertOffloadingConfig, KVCacheConfig, MemoryConfig, TrainingConfig
 from nsa_transformer.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_transformer.distributed.checkpoint import save_checkpoint, write_config
 from nsa_transformer.distributed.world import World
@@ -453,3 +454,15 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(run: tuple[Path, Tran
     train_tokenizer([" ".join(map(str, range(5000)))], 400).save(export)
     with pytest.raises(ConfigError, match="tokenizer has 400 tokens"):
         load_checkpoint(export)
+
+
+def test_a_model_without_experts_has_none_to_offload(tmp_path: Path):
+    """On a CPU too, where offloading would move nothing."""
+    config = Config(model=small_config(vocab_size=300, moe={"num_experts": 0}), data=DataConfig(max_length=128))
+    model = small_model(config.model)
+    (tmp_path / "config.yaml").write_text(write_config(config))
+    (tmp_path / "tokenizer.json").write_text(train_tokenizer(["a b"], 257).to_json())
+    save_file(dict(model.named_parameters()), tmp_path / "model.safetensors")
+    load_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"this model has no experts; write memory\.expert_offloading\.enabled=false, or leave --expert-offloading out"):
+        load_checkpoint(tmp_path, "cpu", expert_offloading=ExpertOffloadingConfig(enabled=True))

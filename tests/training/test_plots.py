@@ -48,6 +48,20 @@ def test_the_heat_map_is_of_the_newest_load(tmp_path: Path) -> None:
     assert len(_expert_load(train).axes[1].lines) == 4, "two layers, the worst, and the even share"
 
 
+def test_a_forced_balance_is_called_so() -> None:
+    """Else the picture of a benchmark would be that of a well-balanced router."""
+    train = [{"step": s, "loss": 2.0, "expert_load_max_over_mean": 1.0, "expert_load": [[0.5, 0.5]] * 2} for s in (1, 2)]
+    forced = [row | {"forced_balance": True} for row in train]
+    for data, said in ((train, False), (forced, True), (forced + rows(3), True)):
+        assert ("forced balance" in _expert_load(data).axes[0].get_title(loc="left")) == said
+
+
+def test_steps_are_whole_numbers() -> None:
+    for axes in (_expert_load(rows(3)).axes[1], *_loss(rows(3)).axes):
+        axes.figure.canvas.draw()
+        assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
 def test_a_single_row_is_seen() -> None:
     """As dots, since it has no line; two have one."""
     balance = {"expert_balance": {"max_over_mean": [1.0, 1.5]}}
