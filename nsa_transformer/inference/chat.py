@@ -53,7 +53,7 @@ class Chat:
         self._cache = model.new_cache(1, kv_cache)
         self._decoder = Decoder(model, self._cache)
         self._device = next(model.parameters()).device
-        (self._generator,) = seeded_generators(sampling.seed, 1, self._device)
+        (self._generator,) = seeded_generators(sampling.seed, 1)
 
     def say(self, text: str) -> Iterator[str]:
         """The answer to `text`, in pieces as they become certain.

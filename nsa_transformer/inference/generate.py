@@ -79,16 +79,20 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig, seen: Tenso
 def draw_tokens(
     logits: Tensor, config: SamplingConfig, seen: Tensor | None, generators: Sequence[torch.Generator], rows: Sequence[int]
 ) -> tuple[Tensor, list[int]]:
-    """A token for each of `rows` of logits `[B, vocab]`, drawn with its row's generator from `next_token_probabilities`: int64 `[B]`, 0 in the other rows, and
-    the same on the host.
+    """A token for each of `rows` of logits `[B, vocab]`, drawn from `next_token_probabilities` with a number of its row's generator, which is one of the CPU:
+    int64 `[B]`, 0 in the other rows, and the same on the host.
 
     Raises `ValueError` where the largest logit of a row is no finite number.
     """
     sound = logits.amax(-1).isfinite()
     p = next_token_probabilities(torch.where(sound[:, None], logits, 0), config, seen)
-    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    # The first token at which the sum of the probabilities passes a number in [0, 1): all rows in a few kernels, whatever their number. -1 is passed at once.
+    level = torch.full((len(logits), 1), -1.0, dtype=torch.float64)
     for row in rows:
-        tokens[row] = torch.multinomial(p[row], 1, generator=generators[row])[0]
+        level[row] = 0.0 if config.temperature == 0 else torch.rand(1, dtype=torch.float64, generator=generators[row])
+    sums = p.double().cumsum(-1)
+    tokens = torch.searchsorted(sums, level.to(p.device, non_blocking=True) * sums[:, -1:], right=True)[:, 0]
+    tokens = torch.minimum(tokens, sums.argmax(-1))  # where rounding makes the level the whole sum: the last token that has a share
     drawn: list[int] = torch.where(sound, tokens, -1).tolist()  # in one wait for the device
     if any(drawn[row] < 0 for row in rows):
         raise ValueError(
@@ -133,8 +137,7 @@ def generate_batch(
     logits are not finite; `OutOfMemory`, a ValueError, where the memory does not suffice for the tokens so far and the next.
     """
     _check_prompts(prompts, max_new_tokens, model.config.max_position_embeddings)
-    device = next(model.parameters()).device
-    generators = seeded_generators(sampling.seed, len(prompts), device)
+    generators = seeded_generators(sampling.seed, len(prompts))
     if max_new_tokens == 0 or not prompts:
         return
     cache = model.new_cache(len(prompts), kv_cache)
@@ -176,9 +179,9 @@ def _decode_all(
         logits = decoder(tokens)
 
 
-def seeded_generators(seed: int | None, count: int, device: torch.device) -> list[torch.Generator]:
-    """Generators with seeds `seed`, `seed + 1`, …; None: whatever the machine makes up."""
-    generators = [torch.Generator(device) for _ in range(count)]
+def seeded_generators(seed: int | None, count: int) -> list[torch.Generator]:
+    """Generators of the CPU, so that a seed means the same on every device, with seeds `seed`, `seed + 1`, …; None: whatever the machine makes up."""
+    generators = [torch.Generator() for _ in range(count)]
     for number, generator in enumerate(generators):
         if seed is None:
             generator.seed()

@@ -174,6 +174,35 @@ def test_samples_follow_the_probabilities(model: Transformer):
     assert (counts - expected).abs().max() < 0.14  # four standard deviations
 
 
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, top_p=0.8), SamplingConfig(min_p=0.2), GREEDY], ids=str)
+def test_each_row_draws_from_its_probabilities_with_its_generator(sampling: SamplingConfig):
+    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(0)) * 2
+    logits[:, [0, 7, 29]] = -torch.inf
+    expected = next_token_probabilities(logits, sampling)
+    generators, draws = module.seeded_generators(5, 3), 4000
+    found = torch.zeros_like(expected)
+    kept = []
+    for _ in range(draws):
+        tokens, drawn = module.draw_tokens(logits, sampling, None, generators, [0, 2])
+        assert tokens.tolist() == drawn and drawn[1] == 0
+        kept.append(drawn[2])
+        found[[0, 2], [drawn[0], drawn[2]]] += 1
+    for row in (0, 2):
+        assert not found[row][expected[row] == 0].any()
+        share = expected[row][expected[row] > 0]
+        squares = ((found[row] - draws * expected[row]) ** 2)[expected[row] > 0] / (draws * share)
+        assert squares.sum() < len(share) - 1 + 5 * math.sqrt(2 * len(share))  # chi-squared
+    alone = module.seeded_generators(7, 1)
+    assert kept[:50] == [module.draw_tokens(logits[2:], sampling, None, alone, [0])[1][0] for _ in range(50)]
+
+
+@pytest.mark.parametrize(("number", "place"), [(0.0, 1), (1 - 2.0**-53, 3)])
+def test_the_least_and_the_largest_number_draw_tokens_with_a_share(monkeypatch: pytest.MonkeyPatch, number: float, place: int):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([number], dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, 0.3, -torch.inf, 0.1, -torch.inf]])
+    assert module.draw_tokens(logits, SamplingConfig(), None, module.seeded_generators(0, 1), [0])[1] == [place]
+
+
 def test_end_of_document_stops(model: Transformer):
     ids = list(generate(model, PROMPT, 20, GREEDY))
     end = ids[7]
@@ -190,10 +219,10 @@ def test_logits_that_are_not_finite_are_named(sampling: SamplingConfig, value: f
         list(generate_batch(broken, [PROMPT, PROMPT[:4]], 3, sampling))
     one = torch.zeros(2, 4)
     one[1, 2] = value
-    alone = module.draw_tokens(one, sampling, None, module.seeded_generators(1, 2, one.device), [0])
+    alone = module.draw_tokens(one, sampling, None, module.seeded_generators(1, 2), [0])
     assert alone[1][0] == int(alone[0][0]), "a row that is not asked for may hold whatever it likes"
     if value == -math.inf:
-        assert module.draw_tokens(one, sampling, None, module.seeded_generators(1, 2, one.device), [0, 1])[1][1] != 2
+        assert module.draw_tokens(one, sampling, None, module.seeded_generators(1, 2), [0, 1])[1][1] != 2
 
 
 PROMPTS = [PROMPT, PROMPT[:4], [*PROMPT, 5, 6, 7], random_tokens(150, 3).tolist(), [9]]
