@@ -96,7 +96,7 @@ def test_two_key_heads_and_dtypes(dtype):
         {"num_selected": 3},
         {"num_initial": 0, "num_local": 0, "num_selected": 3},
         {"window": 1},
-        {"window": 500},
+        pytest.param({"window": 500}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -184,7 +184,7 @@ def test_strided_inputs_give_the_same_bits():
         assert_same_bits(name, x, y)
 
 
-@pytest.mark.parametrize("lengths", [[130], [60, 71]], ids=str)
+@pytest.mark.parametrize("lengths", [pytest.param([130], marks=pytest.mark.slow), [60, 71]], ids=str)
 def test_strips_chunks_segments_and_parts(lengths, monkeypatch):
     from nsa_transformer.kernels.triton import attention
 

@@ -178,6 +178,7 @@ print(json.dumps({f"{case} {name}": kernel.get("shared") for case, kernels in fo
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_decoding_with_e4m3_fits_chips_with_little_shared_memory() -> None:
     found = printed_there(SMALL_CHIP)
