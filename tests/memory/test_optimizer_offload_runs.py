@@ -42,6 +42,7 @@ def threads() -> list[str]:
 
 def run(folder: Path, name: str, *more: str, trainer: type[Trainer] = Trainer) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """Rows and final files of a run, which then is called `name`."""
+    torch.compiler.reset()  # else what earlier runs of the process compiled decides what is compiled now, and so the last bits
     assert trainer(small_config(folder, *SETTINGS, *more)).train() == 0
     assert threads() == []
     (folder / "run").rename(folder / name)
