@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +33,6 @@ from nsa_transformer.config import ConfigError, TrainingConfig
 from nsa_transformer.distributed.checkpoint import find_damage
 from nsa_transformer.models.transformer import Transformer
 from nsa_transformer.training.faults import Stopped, StopSignal, TrainingError
-from nsa_transformer.training.inspect import describe_run
 from nsa_transformer.training.metrics import read_metrics
 from nsa_transformer.training.optimizer import build_optimizer, learning_rate
 from nsa_transformer.training.trainer import Trainer
@@ -126,52 +125,6 @@ def test_activation_checkpointing_changes_nothing(work: Path, kind: str) -> None
     assert losses(again) == losses(rows)
     for key in ("expert_load_max_over_mean", "expert_load", "expert_balance"):
         assert losses(again, key) == losses(rows, key)  # nothing counted twice
-
-
-def test_forced_balance_is_in_the_rows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = trained(work, "model.moe.forced_balance=true", "training.max_steps=2")
-    assert losses(rows, "forced_balance") == [True, True] and max(losses(rows, "expert_load_max_over_mean")) < 1.02
-    assert "warning: model.moe.forced_balance=true: experts take turns" in capsys.readouterr().err
-    assert describe_run(work / "run").splitlines()[0].endswith("model.moe.forced_balance: routing not learned")
-    shutil.rmtree(work / "run")
-    assert losses(trained(work, "training.max_steps=2"), "forced_balance") == []
-    assert "routing not learned" not in describe_run(work / "run")
-
-
-def test_experts_that_no_layer_has_are_warned_of(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained(work, "model.moe.num_dense_layers=2", "training.max_steps=1")
-    assert "no layer has experts: model.moe.num_dense_layers=2 is all of model.num_layers=2" in (err := capsys.readouterr().err)
-    assert "write model.moe.num_dense_layers=1 or fewer, or model.moe.num_experts=0" in err
-    shutil.rmtree(work / "run")
-    trained(work, "model.moe.num_experts=0", "training.max_steps=1")
-    assert "no layer has experts" not in capsys.readouterr().err, "it was asked for"
-
-
-def test_a_router_that_learns_nothing_is_warned_of(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A single weight, renormalised, is 1: the loss does not depend on the router."""
-    without = ("model.moe.sequence_loss_weight=0", "training.weight_decay=0", "training.precision=fp32", "training.max_steps=1", "training.checkpoint_every=1")
-    for top_k, learns in ((1, False), (2, True)):
-        config = small_config(work, *QUIET, *without, f"model.moe.top_k={top_k}")
-        trainer = Trainer(config)
-        assert trainer.train() == 0
-        assert ("model.moe.top_k=1: the weight" not in capsys.readouterr().err) == learns
-        moment = trainer.optimizer.state[trainer.model.layers[1].mlp.router.weight]["exp_avg"]
-        assert (float(moment.abs().max()) > 1e-7) == learns
-        shutil.rmtree(work / "run")
-
-
-def test_a_lost_rank_is_one_message(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lose(*_: object) -> None:
-        raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:11699: Connection reset by peer.")
-
-    monkeypatch.setattr(Trainer, "_train", lose)
-    monkeypatch.setattr("nsa_transformer.training.trainer.open_world", lambda device: nullcontext(None))
-    with pytest.raises(RuntimeError, match=r"^\[pair") as alone:  # of one process it says nothing
-        Trainer(small_config(work)).train()
-    assert not isinstance(alone.value, TrainingError)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match=r"^another rank ended while starting; .* When that is mended, start it again$"):
-        Trainer(small_config(work)).train()
 
 
 # ------------------------------------------------------------------------------------------------------- schedules

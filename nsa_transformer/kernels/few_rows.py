@@ -11,8 +11,6 @@ from torch import Tensor
 from nsa_transformer.kernels.dispatch import device_refuses
 
 MAX_ROWS = 256  # a program per row and strip streams the weights again for each row; for more, torch's products are less
-
-
 DEVICES = ("cuda",)  # and not the CPU where Triton interprets its kernels: every small model would wait for that
 
 

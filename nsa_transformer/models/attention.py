@@ -84,7 +84,6 @@ class NativeSparseAttention(nn.Module):
         self.k_compress = BlockCompressor(head_dim, config)
         self.v_compress = BlockCompressor(self.head_dim_v, config)
         self.gate = GateMLP(hidden_size, num_heads)
-        self._projections = Projections()
         self.attend: Callable[..., Tensor] = nsa_attention  # type: ignore[assignment]
         self.decode: Callable[..., Tensor] = nsa_decode  # type: ignore[assignment]
         self.backend = "auto"  # of the compression and the attention, as `nsa_attention` takes it
@@ -93,8 +92,8 @@ class NativeSparseAttention(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def join_projections(self) -> None:
-        """Make one product of the layers that x goes through first, wherever a cache is given (`Projections`)."""
-        self._projections.join(self.q_proj, self.k_proj, self.v_proj, self.gate.up)
+        """Make one product of the layers that x goes through first, wherever a cache is given."""
+        join_weights((self.q_proj, self.k_proj, self.v_proj, self.gate.up))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerView | None = None) -> Tensor:
         """x `[T, hidden]` packed by `cu_seqlens` (int32 `[num_docs + 1]`; None: one document): `[T, hidden]`.
@@ -105,7 +104,7 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}; give [T, {self.q_proj.in_features}], packed tokens without a batch axis")
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
-        joined = None if cache is None else self._projections(x, self.q_proj, self.k_proj, self.v_proj, self.gate.up)
+        joined = None if cache is None else joined_product(x, (self.q_proj, self.k_proj, self.v_proj, self.gate.up))
         if joined is None:
             q, k, v, gates = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.gate(x)
         else:
@@ -171,36 +170,39 @@ class GateMLP(nn.Module):
         return score.to(torch.promote_types(score.dtype, torch.float32)).sigmoid().unflatten(-1, (self.num_heads, 3))
 
 
-class Projections:
-    """Linear layers without bias of the same input as one product, for the few rows of decoding, where each costs a launch: their weights become parts of one
-    tensor. That ends where a weight is moved elsewhere, or something else takes the place of a layer. Layers are given anew each time for that."""
-
-    def __init__(self) -> None:
-        self._joined: Tensor | None = None
-
-    def __call__(self, x: Tensor, *layers: nn.Module) -> Sequence[Tensor] | None:
-        """x `[T, hidden]` to `[T, width]` of each, or None where they are not joined, or somebody wants to know of each: its gradient, or by a hook."""
-        if self._joined is None or not all(self._plain(layer) for layer in layers):
-            return None
-        return F.linear(x, self._joined).split([len(layer.weight) for layer in layers], dim=-1)  # type: ignore[arg-type]
-
-    def join(self, *layers: nn.Linear) -> None:
-        """Nobody may want gradients of the weights. Those that are one tensor already stay where they are: a recorded step reads them there."""
-        assert not any(layer.weight.requires_grad or layer.bias is not None for layer in layers)
-        if self._joined is not None and all(self._lies_in(layer.weight) for layer in layers):
-            return
-        self._joined = torch.cat([layer.weight.detach() for layer in layers])
-        for layer, part in zip(layers, self._joined.split([len(layer.weight) for layer in layers]), strict=True):
+def join_weights(layers: Sequence[nn.Linear]) -> None:
+    """Let the weights of layers without bias lie one behind the other in memory, where nobody may want gradients of them. Those that do stay where they are: a
+    recorded step of decoding reads them there."""
+    assert not any(layer.weight.requires_grad or layer.bias is not None for layer in layers)
+    if _joined_weight(layers) is None:
+        parts = torch.cat([layer.weight.detach() for layer in layers]).split([len(layer.weight) for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
             layer.weight.data = part
 
-    def _plain(self, layer: nn.Module) -> bool:
-        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-            return False
-        return self._lies_in(layer.weight) and not (layer.weight.requires_grad and torch.is_grad_enabled())
 
-    def _lies_in(self, weight: Tensor) -> bool:
-        assert self._joined is not None
-        return weight.untyped_storage().data_ptr() == self._joined.untyped_storage().data_ptr()
+def joined_product(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor] | None:
+    """x `[T, hidden]` to `[T, width]` of each layer by one product, for the few rows of decoding, where each costs a launch. None where their weights do not
+    lie one behind the other (`join_weights`), or somebody wants to know of each: its gradient, or by a hook."""
+    for layer in layers:
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or (layer.weight.requires_grad and torch.is_grad_enabled()):
+            return None
+    weight = _joined_weight(layers)
+    return None if weight is None else F.linear(x, weight).split([len(layer.weight) for layer in layers], dim=-1)  # type: ignore[arg-type]
+
+
+def _joined_weight(layers: Sequence[nn.Module]) -> Tensor | None:
+    """The weights of linear layers of one input as `[sum of widths, hidden]` where they lie so in memory, else None."""
+    first = layers[0].weight
+    assert isinstance(first, Tensor)
+    width, rows, start = first.shape[1], 0, first.storage_offset()
+    for layer in layers:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and weight.dtype == first.dtype
+        if not (same and weight.is_contiguous() and weight.storage_offset() == start + rows * width):
+            return None
+        rows += len(weight)
+    return first.detach().as_strided((rows, width), (width, 1), start)
 
 
 class DenseAttention(nn.Module):
@@ -214,17 +216,16 @@ class DenseAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim_v, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim_v, config.hidden_size, bias=False)
-        self._projections = Projections()
 
     def join_projections(self) -> None:
         """As `NativeSparseAttention.join_projections`."""
-        self._projections.join(self.q_proj, self.k_proj, self.v_proj)
+        join_weights((self.q_proj, self.k_proj, self.v_proj))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, layout: PackLayout | None = None, cache: LayerView | None = None) -> Tensor:
         """As `NativeSparseAttention.forward`."""
         if layout is None:
             layout = PackLayout.build(x.shape[0], cu_seqlens, self.config, self.rope, x.device)
-        joined = None if cache is None else self._projections(x, self.q_proj, self.k_proj, self.v_proj)
+        joined = None if cache is None else joined_product(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = joined or (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = layout.rotation(q.unflatten(-1, (self.num_heads, self.head_dim)))
         k = layout.rotation(k.unflatten(-1, (self.num_kv_heads, self.head_dim)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,6 +60,21 @@ class Doubled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_moves_leaves_nothing_behind(kind: str) -> None:
+    model = frozen(kind)
+    layer = attention_of(model)
+    layer.join_projections()
+    held = weakref.ref(layer.q_proj.weight.untyped_storage())
+    wanted = cached(model).double()
+    gc.collect()
+    assert held() is not None
+    model.double()
+    gc.collect()
+    assert held() is None
+    torch.testing.assert_close(cached(model), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
