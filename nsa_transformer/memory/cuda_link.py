@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_transformer.memory.host import CHUNK, Coming, Link, Part, SameMemory, Tick, adamw, host_zeros, page_lock
+from nsa_transformer.memory.host import CHUNK, Behind, Coming, Link, Part, SameMemory, Tick, adamw, host_zeros, page_lock
 
 IN_FLIGHT = 512 << 20  # bytes of gradients that may wait on the device to be added up; past that the backward waits
 ROOMS = 12  # of three parts that are updated: one comes, one is computed, one goes. Half a byte a parameter, or less (`part_size`)
@@ -39,6 +39,7 @@ class CudaLink(Link):
     """
 
     share = DEVICE_SHARE
+    beside = True
 
     def __init__(self, device: torch.device, room: int, steps: int, key: str) -> None:
         super().__init__()
@@ -74,8 +75,13 @@ class CudaLink(Link):
         assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
         return start.elapsed_time(end) / 1e3
 
-    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int]) -> None:
-        self._compute.wait_event(self.now())
+    def behind(self) -> Behind:
+        return torch.cuda.current_stream(self.device), self.now()
+
+    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int], behind: Behind | None) -> None:
+        assert behind is not None
+        passes, ready = behind
+        self._compute.wait_event(ready)
         grads = []
         for part, pieces in coming:
             key, total = part.grad.data_ptr(), part.grad
@@ -96,7 +102,7 @@ class CudaLink(Link):
                     values.zero_()
                 for piece, grad in pieces:
                     if piece.parameter in received:
-                        values[piece.at] += grad
+                        values[piece.at].add_(grad)
                     else:
                         values[piece.at].copy_(grad)
                 # One norm for the part, since each would be one more kernel to launch in the backward.
@@ -115,9 +121,9 @@ class CudaLink(Link):
         self._held.append((grads, read))
         # Memory that another stream reads is free for use once the stream that it belongs to has waited for that; the host need not.
         if len(self._held) > 1 and self._bytes_held() > IN_FLIGHT:
-            with self.standing_still():
+            with torch.cuda.stream(passes), self.standing_still():
                 while len(self._held) > 1 and self._bytes_held() > IN_FLIGHT:
-                    torch.cuda.current_stream(self.device).wait_event(self._held.popleft()[1])
+                    passes.wait_event(self._held.popleft()[1])
 
     def _bytes_held(self) -> int:
         return sum(grad.nbytes for grads, _ in self._held for grad in grads)

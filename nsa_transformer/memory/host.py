@@ -111,6 +111,7 @@ class Part:
             yield Part(self.group, pieces, *(tensor[begin:end] for tensor in self.tensors))
 
 
+Behind = tuple[torch.cuda.Stream, torch.cuda.Event]  # a stream of the device, and a mark behind what it had been given
 Coming = tuple[Part, Sequence[tuple[Piece, Tensor]]]  # pieces of a part, and their flat gradients on the device
 
 
@@ -145,10 +146,12 @@ Tick = torch.cuda.Event | float
 
 
 class Link(ABC):
-    """The way between host and device. Three threads may use it: one for `add` and `settle`, one for `begin`, `to_device` and `sent`, one for `update` and
-    `updated`; `begin_update`, `add` and `finish` are called while nothing is being updated."""
+    """The way between host and device. Three threads may use it: one for `settle` and, where it is not `beside`, `add`; one for `begin`, `to_device` and
+    `sent`; one for `update` and `updated`, and for `add` where that is `beside`. `begin_update`, `add` and `finish` are called while nothing is being updated,
+    and `settle` and `finish` while nothing is being added."""
 
     share = 0.0  # of the elements that `update` takes, where host and device update side by side
+    beside = False  # whether `add` is for a thread of its own, so that its calls do not hold up the backward's launches
 
     def __init__(self) -> None:
         self._waits: list[tuple[Tick, Tick]] = []
@@ -170,9 +173,14 @@ class Link(ABC):
         """Seconds from one tick to another; the device must have passed both."""
 
     @abstractmethod
-    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int]) -> None:
+    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int], behind: Behind | None) -> None:
         """Gradients on the device into their sums, of arenas: added where the parameter is in `received`, else put in their place. norms, float32 on the
-        device: those of a part's pieces are written anew, such that all of them together have the norm of the sums of all that has been received."""
+        device: those of a part's pieces are written anew, such that all of them together have the norm of the sums of all that has been received. `behind`:
+        as the thread of the backward gave it, once it had the gradients."""
+
+    @abstractmethod
+    def behind(self) -> Behind | None:
+        """Where the work of the calling thread goes on the device, and a mark behind all of it."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -237,7 +245,10 @@ class SameMemory(Link):
         assert isinstance(start, float) and isinstance(end, float)
         return end - start
 
-    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int]) -> None:
+    def behind(self) -> None:
+        return None
+
+    def add(self, coming: Sequence[Coming], norms: Tensor, received: Container[int], behind: Behind | None) -> None:
         for part, pieces in coming:
             for piece, grad in pieces:
                 into = part.grad[piece.at]

@@ -35,12 +35,12 @@ def sums_of(total: Tensor, size: int) -> list[Part]:
 
 
 def add(link: Link, grad: Tensor, parts: list[Part], norms: Tensor, again: bool) -> None:
-    link.add([(part, [(piece, grad[piece.of]) for piece in part.pieces]) for part in parts], norms, {0} if again else set())
+    link.add([(part, [(piece, grad[piece.of]) for piece in part.pieces]) for part in parts], norms, {0} if again else set(), link.behind())
 
 
 def put(link: Link, part: Part, grad: Tensor) -> None:
     """A gradient over all of a part."""
-    link.add([(part, [(piece, grad[piece.at]) for piece in part.pieces])], torch.zeros(20), set())
+    link.add([(part, [(piece, grad[piece.at]) for piece in part.pieces])], torch.zeros(20), set(), link.behind())
 
 
 @pytest.mark.parametrize("total", [30_000_000, 100_000_000, 350_000_001, 1_794_100_000, 30_000_000_000])

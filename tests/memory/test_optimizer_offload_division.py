@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,7 @@ def test_gradients_that_are_given_up_are_let_go(monkeypatch: pytest.MonkeyPatch)
     model, optimizer = lagging(monkeypatch)
     backward(model)
     link = optimizer._link
+    optimizer._added()
     assert isinstance(link, cuda_link.CudaLink) and link._held
     optimizer.zero_grad()
     assert not link._held
@@ -249,6 +251,46 @@ def test_gradients_come_in_any_order_and_number(monkeypatch: pytest.MonkeyPatch,
         assert (parameter in optimizer.state) == (wanted in reference.state)
         for key, value in reference.state.get(wanted, {}).items():
             assert torch.equal(optimizer.state[parameter][key], value), key
+    optimizer.close()
+
+
+def test_gradients_are_added_up_by_another_thread_a_few_layers_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, waiting, gate = set(), [], threading.Event()
+
+    class Watched(cuda_link.CudaLink):
+        def add(self, *arguments: Any) -> None:
+            assert gate.wait(10)
+            threads.add(threading.current_thread().name)
+            super().add(*arguments)
+
+    model, optimizer = lagging(monkeypatch, Watched)
+    submit = optimizer._launcher.submit
+
+    def counted(*arguments: Any) -> Any:
+        waiting.append(len(optimizer._adding))
+        if len(waiting) == optimizer_offload.AHEAD:
+            gate.set()
+        return submit(*arguments)
+
+    monkeypatch.setattr(optimizer._launcher, "submit", counted)
+    backward(model)
+    assert len(waiting) == len(optimizer._stages) > optimizer_offload.AHEAD > max(waiting)
+    optimizer.zero_grad()
+    assert not optimizer._adding and all(name.startswith("optimizer_link") for name in threads) and threads
+    optimizer.close()
+
+
+@pytest.mark.parametrize("how", ["clip", "zero_grad", "step", "backward"])
+def test_a_failure_to_add_up_is_raised(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    class Failing(cuda_link.CudaLink):
+        def add(self, *arguments: Any) -> None:
+            raise ZeroDivisionError("of the link")
+
+    model, optimizer = lagging(monkeypatch, Failing)
+    asked = {"clip": lambda: optimizer.clip(1.0), "zero_grad": optimizer.zero_grad, "step": optimizer.step, "backward": lambda: backward(model)}
+    with pytest.raises(ZeroDivisionError, match="of the link"):
+        backward(model)
+        asked[how]()
     optimizer.close()
 
 
