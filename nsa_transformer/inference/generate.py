@@ -19,7 +19,7 @@ from nsa_transformer.models.transformer import Transformer
 
 # Prompt tokens per pass, which bounds the memory of a long prompt. A pass takes the host about as long whatever its length: with 4,096 tokens an H200 was
 # idle for most of it, and 64k tokens of model=large took three times as long (benchmarks/log.md).
-PREFILL_CHUNK = 16384
+PREFILL_CHUNK = 32768
 
 
 @dataclass(frozen=True)
