@@ -174,12 +174,11 @@ def test_every_relative_link_resolves(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_named_file_exists(page: Path) -> None:
-    """Modules, tests and YAML in backticks, named from the root, the package or `configs/`. The CUDA extension is announced, not there."""
+    """Modules, tests and YAML in backticks, named from the root, the package or `configs/`."""
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`([\w./]+\.(?:py|yaml))`|`((?:nsa_transformer|configs|tests|docs)/[\w./]*)`", text)
     roots = (ROOT, ROOT / "nsa_transformer", ROOT / "configs")
-    missing = [path for path in map("".join, named) if not any((root / path).exists() for root in roots)]
-    assert [path for path in missing if path != "nsa_transformer/kernels/sparse_attention"] == []
+    assert [path for path in map("".join, named) if not any((root / path).exists() for root in roots)] == []
 
 
 def test_the_picture_is_well_formed_and_names_the_branches() -> None:

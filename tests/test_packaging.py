@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 import nsa_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted(path for path in (ROOT / "nsa_transformer").rglob("*.py") if path.name != "setup.py")  # those of the wheel
+MODULES = sorted((ROOT / "nsa_transformer").rglob("*.py"))  # those of the wheel
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -97,7 +97,7 @@ def test_the_wheel_carries_the_package_and_the_configuration(tmp_path: Path) -> 
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for name in ("configs", "nsa_transformer"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "build", "*.so"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "build"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path), "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -111,5 +111,9 @@ def test_the_wheel_carries_the_package_and_the_configuration(tmp_path: Path) -> 
     assert {name for name in names if name.endswith(".yaml")} == expected
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "nsa_transformer").rglob("*.py") if (path.parent / "__init__.py").exists()}
     assert modules <= names
+    extension = "nsa_transformer/kernels/sparse_attention"
+    sources = {f"{extension}/csrc/{path.name}" for path in (ROOT / extension / "csrc").iterdir()}
+    assert {f"{extension}/setup.py", f"{extension}/csrc/decode.cu"} <= names and sources <= names
+    assert not {name for name in names if name.endswith(".so")}
     assert "nsa = nsa_transformer.cli:main" in entries
     assert not {name for name in names if name.split("/")[0] in ("tests", "docs", "training", "benchmarks", "configs")}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels.dispatch import check_backend_name, choose_backend, fp8_refuses
+from nsa_transformer.kernels.dispatch import AUTO_PAIRS, check_backend_name, choose_backend, extension_missing, fp8_refuses
 from nsa_transformer.kernels.nsa import nsa_attention
 from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens, write_rows
 
@@ -32,7 +32,8 @@ def nsa_decode(
         config: the geometry.
         scale: of the scores; None: `Dk ** -0.5`.
         backend: `triton`: four launches of fixed shape, none waiting for the host. `reference`: gathers each sequence, reading the lengths on the host, and
-            calls `nsa_attention`. `auto`: as `decoding_backend` says.
+            calls `nsa_attention`. `cuda`: one launch, of the CUDA extension. `auto`: `cuda` where it takes a step of AUTO_PAIRS or more pairs of sequence and
+            key/value head, else as `decoding_backend` says.
         return_blocks: also return the attended blocks.
 
     Returns:
@@ -42,10 +43,15 @@ def nsa_decode(
         ValueError: naming the argument, what it was and what would do. What only a GPU knows (values of `lengths`, `pages`) is checked on CPU tensors, and
             everywhere under `NSA_CHECK=1`.
     """
-    check_backend_name(backend)
+    check_backend_name(backend, step=True)
     _check(q, gates, cache, config, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if decoding_backend(backend, q, cache.v_cmp[:0, 0], config, cache.k_scale is not None) == "reference":
+    if _takes_extension(backend, q, cache, config):
+        from nsa_transformer.kernels.sparse_attention import decode as extension
+
+        with torch.cuda.device_of(q):
+            out, blocks = extension.decode(q, gates, cache, config, scale)
+    elif decoding_backend(backend, q, cache.v_cmp[:0, 0], config, cache.k_scale is not None) == "reference":
         out, blocks = _gathered(q, gates, cache, config, scale, backend)
     else:
         from nsa_transformer.kernels.triton import decode as kernels
@@ -62,7 +68,8 @@ def nsa_decode(
 def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, backend: str = "auto") -> None:
     """Store a new token of each sequence, at position `cache.lengths - 1`, before `nsa_decode` reads it; with e4m3, quantize the block that became old.
 
-    Page 0 takes what is written for no sequence, so it must be nobody's. Fixed shapes and no wait for the device; `backend` and errors as for `nsa_decode`.
+    Page 0 takes what is written for no sequence, so it must be nobody's. Fixed shapes and no wait for the device; `backend` and errors as for `nsa_decode`, but
+    there is no `cuda` here.
     """
     check_backend_name(backend)
     _check_rows(rows, cache, config)
@@ -75,9 +82,22 @@ def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, bac
         kernels.write(rows, cache, config)
 
 
+def _takes_extension(backend: str, q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> bool:
+    """Whether the CUDA extension computes this step; a `ValueError` saying why not where it was asked for by name."""
+    large = backend == "auto" and q.device.type == "cuda" and len(q) * cache.k_slc.shape[1] >= AUTO_PAIRS and extension_missing() is None
+    if backend != "cuda" and not large:
+        return False
+    from nsa_transformer.kernels.sparse_attention.decode import refuses
+
+    refusal = refuses(q, cache, config)
+    if backend == "cuda" and refusal is not None:
+        raise ValueError(f"backend='cuda' does not take these inputs: {refusal}; write backend='auto' or 'reference'")
+    return refusal is None
+
+
 def decoding_backend(backend: str, q: Tensor, v: Tensor, config: NSAConfig, quantized: bool, name: str = "q") -> str:
-    """The backend of a step: `choose_backend`'s, and plain PyTorch for e4m3 where the GPU has none. q `[B, heads, Dk]` and v `[B, heads, Dv]` count for their
-    device, dtype and widths."""
+    """The backend of a step that the CUDA extension does not compute: `choose_backend`'s, and plain PyTorch for e4m3 where the GPU has none. q `[B, heads, Dk]`
+    and v `[B, heads, Dv]` count for their device, dtype and widths."""
     refusal = fp8_refuses(q) if quantized else None
     if refusal is None:
         return choose_backend(backend, q, v, config, name)

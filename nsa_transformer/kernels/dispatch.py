@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
+from nsa_transformer.kernels import sparse_attention
 
-NAMES = ("reference", "triton")
+NAMES = ("reference", "triton", "cuda")
 CAPABILITY = (8, 0)  # compute capability that the Triton kernels are built for, and every later one
 FP8_CAPABILITY = (8, 9)  # for e4m3
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # and the dtypes,
 WIDTHS = (64, 128, 192, 256)  # and the head widths
+# Pairs of sequence and key/value head of a step from which on `auto` takes the CUDA extension: below, the Triton kernels are as fast.
+AUTO_PAIRS = 32
+CUDA_COMPUTES = "the CUDA extension computes nsa_decode alone"
 _TRITON = find_spec("triton") is not None
 # The words that Triton takes for true. It decides when it is imported, so asking once is enough.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -33,8 +37,13 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def available_backends() -> list[str]:
     """Backends that work on this machine, the plain PyTorch `reference` first; `triton` on an NVIDIA GPU from sm_80 on, or on CPU
-    tensors where Triton's interpreter was asked for (TRITON_INTERPRET=1)."""
-    return [name for name in NAMES if name == "reference" or triton_missing() is None]
+    tensors where Triton's interpreter was asked for (TRITON_INTERPRET=1); `cuda`, for `nsa_decode` alone, on one from sm_90 on once the extension is built."""
+    return [name for name in NAMES if _missing(name) is None]
+
+
+def _missing(name: str) -> str | None:
+    """Why a backend cannot run on this machine, as a phrase; None if it can."""
+    return None if name == "reference" else triton_missing() if name == "triton" else extension_missing()
 
 
 @_constant
@@ -49,6 +58,12 @@ def triton_missing() -> str | None:
     if not any(_capable(index) for index in range(torch.cuda.device_count())):
         return f"no GPU here has compute capability {_version(CAPABILITY)} or higher"
     return None
+
+
+@_constant
+def extension_missing() -> str | None:
+    """Why the CUDA extension cannot run on this machine, as a phrase; None if it can."""
+    return sparse_attention.missing()
 
 
 @_constant
@@ -107,6 +122,11 @@ def interpreted() -> bool:
 
 def describe_auto() -> str:
     """What `backend="auto"` picks on this machine, and why, in words."""
+    steps = "" if extension_missing() is not None else f"; nsa_decode: cuda where it takes a step of {AUTO_PAIRS} or more pairs of sequence and key/value head"
+    return _describe_kernels() + steps
+
+
+def _describe_kernels() -> str:
     missing = triton_missing()
     if missing is not None:
         return f"reference: {missing}"
@@ -116,12 +136,17 @@ def describe_auto() -> str:
     return f"triton on GPU tensors of {dtypes} with head widths {', '.join(map(str, WIDTHS))} and blocks of powers of two; else reference"
 
 
-def check_backend_name(backend: str) -> None:
+def check_backend_name(backend: str, step: bool = False) -> None:
+    """Raises a `ValueError` for what is no backend on this machine. `step`: of `nsa_decode`, which alone has `cuda`."""
     if backend in ("auto", "reference"):
         return
-    if backend not in NAMES or triton_missing() is not None:
-        because = f": {triton_missing()}" if backend == "triton" else ""
-        raise ValueError(f"backend={backend!r} is not available here{because}; write one of auto, {', '.join(available_backends())}")
+    because = None
+    if backend in NAMES:
+        because = CUDA_COMPUTES if backend == "cuda" and not step else _missing(backend)
+        if because is None:
+            return
+    names = [name for name in available_backends() if step or name != "cuda"]
+    raise ValueError(f"backend={backend!r} is not available here{'' if because is None else f': {because}'}; write one of auto, {', '.join(names)}")
 
 
 def choose_backend(backend: str, q: Tensor, v: Tensor, config: NSAConfig, name: str = "q") -> str:

@@ -38,7 +38,8 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, w13: Tensor, w2: Tensor
         ValueError: naming the argument, what it was and what would do.
     """
     if backend not in ("auto", *EXPERT_BACKENDS):
-        raise ValueError(f"backend={backend!r} is not available here; write one of auto, {', '.join(EXPERT_BACKENDS)}")
+        because = f": {dispatch.CUDA_COMPUTES}" if backend == "cuda" else ""
+        raise ValueError(f"backend={backend!r} is not available here{because}; write one of auto, {', '.join(EXPERT_BACKENDS)}")
     _check(x, indices, weights, w13, w2)
     if backend == "auto":
         backend = _auto(x, w2)

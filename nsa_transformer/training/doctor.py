@@ -8,7 +8,7 @@ import shutil
 import sysconfig
 from typing import Any
 
-from nsa_transformer.kernels import dispatch
+from nsa_transformer.kernels import dispatch, sparse_attention
 from nsa_transformer.utils.hardware import GIB, describe_machine, installed_version
 
 __all__ = ["doctor_report"]
@@ -75,15 +75,16 @@ def _machine_lines(machine: dict[str, Any]) -> Lines:
 
 
 def _backend_lines(machine: dict[str, Any]) -> Lines:
-    there = dispatch.available_backends()
     lines = [("ok", "reference", "plain PyTorch, any device"), *_triton_lines(machine, dispatch.triton_missing()), ("", "auto", dispatch.describe_auto())]
-    if "cuda" in there:
-        lines.append(("ok", "cuda", "the CUDA C++ extension"))
-    elif machine["gpus"]:
-        lines.append(("missing", "cuda", "cd nsa_transformer/kernels/sparse_attention && python setup.py build_ext --inplace"))
-    else:
-        lines.append(("missing", "cuda", "the CUDA C++ extension needs an NVIDIA GPU"))
-    return lines
+    return [*lines, _extension_line(dispatch.extension_missing())]
+
+
+def _extension_line(why_not: str | None) -> tuple[str, str, str]:
+    if why_not is None:
+        return "ok", "cuda", "the CUDA C++ extension, for nsa_decode"
+    if sparse_attention.no_gpu() is not None:
+        return "missing", "cuda", f"the CUDA C++ extension needs {sparse_attention.NEEDS}"
+    return "missing", "cuda", f"{why_not}: cd {sparse_attention.setup.FOLDER} && {sparse_attention.setup.COMMAND}"
 
 
 def _triton_lines(machine: dict[str, Any], why_not: str | None) -> Lines:

@@ -225,7 +225,7 @@ def test_backends():
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "flash", "", "Reference", None])
 def test_backend_that_is_not_there(name):
-    if name in available_backends():
+    if name == "triton" and name in available_backends():  # "cuda" computes nsa_decode alone, wherever it is
         pytest.skip(f"{name} is available here")
     text = assert_refused(case().using(backend=name), "backend")
     assert "reference" in text, f"says what would do: {text}"

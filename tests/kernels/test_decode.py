@@ -108,6 +108,30 @@ def quantized(lengths: list[int], config: NSAConfig, dtype: torch.dtype, thresho
     )
 
 
+def check_fp8_of_any_size(
+    exponents: tuple[int, int], dtype: torch.dtype, config: NSAConfig, lengths: list[int], threshold: int, width: int, backend: str = "triton"
+) -> None:
+    """Rows of values whose scales lie far apart, or are smaller or larger than float16 could have as a factor, and queries that float16 does not hold."""
+    low, high = exponents
+    size = {torch.float16: 2.0**-13, torch.bfloat16: 2.0**100}.get(dtype, 2.0**30)
+    cache = quantized(lengths, config, dtype, threshold, width, width)
+    assert cache.v_scale is not None and cache.v_recent is not None
+    generator = torch.Generator().manual_seed(11)
+    cache.v_scale.mul_(2.0 ** torch.randint(low, high, cache.v_scale.shape, generator=generator).to(DEVICE))
+    cache.v_recent.mul_(2.0**low)
+    q = (torch.randn(len(lengths), 4, width, generator=generator) * size).to(dtype).to(DEVICE)
+    gates = torch.zeros(len(lengths), 4, 3, device=DEVICE)
+    gates[..., 1] = 1  # the blocks alone
+    found, blocks = nsa_decode(q, gates, cache, config, scale=width**-0.5 / size, backend=backend, return_blocks=True)
+    wide = replace(cache, **{f"{n}_{store}": getattr(cache, f"{n}_{store}").double() for n in "kv" for store in ("cmp", "win", "recent")})
+    for b, length in enumerate(lengths):
+        one = slice(b, b + 1)
+        keys_values = gather_sequence(wide, b, config, torch.float64)
+        exact = nsa_attention(q[one].double(), *keys_values, gates[one].double(), config, scale=width**-0.5 / size, backend="reference", blocks=blocks[one])
+        error = (found[b].double() - exact[0]).abs().max() / exact.abs().max()
+        assert error <= 8 * torch.finfo(dtype).eps, f"length {length}: {error:.3g}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_what_a_row_in_e4m3_loses(dtype: torch.dtype) -> None:
     """Its largest number what rounding a scale to bf16 takes, the others half a step of e4m3."""
@@ -305,24 +329,7 @@ class TestTriton:
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize("exponents", [(-10, -9), (0, 10), (-12, 4)], ids=str)
     def test_fp8_of_any_size(self, exponents: tuple[int, int], dtype: torch.dtype) -> None:
-        """Rows of values whose scales lie far apart, or are smaller or larger than float16 could have as a factor, and queries that float16 does not hold."""
-        low, high = exponents
-        lengths, size = [300, 128, 700], {torch.float16: 2.0**-13, torch.bfloat16: 2.0**100}.get(dtype, 2.0**30)
-        cache = quantized(lengths, SMALL, dtype, 30)
-        assert cache.v_scale is not None and cache.v_recent is not None
-        generator = torch.Generator().manual_seed(11)
-        cache.v_scale.mul_(2.0 ** torch.randint(low, high, cache.v_scale.shape, generator=generator).to(DEVICE))
-        cache.v_recent.mul_(2.0**low)
-        q, gates = (torch.randn(3, 4, 64, generator=generator) * size).to(dtype).to(DEVICE), torch.zeros(3, 4, 3, device=DEVICE)
-        gates[..., 1] = 1  # the blocks alone
-        found, blocks = nsa_decode(q, gates, cache, SMALL, scale=0.125 / size, backend="triton", return_blocks=True)
-        wide = replace(cache, **{f"{n}_{store}": getattr(cache, f"{n}_{store}").double() for n in "kv" for store in ("cmp", "win", "recent")})
-        for b, length in enumerate(lengths):
-            one = slice(b, b + 1)
-            keys_values = gather_sequence(wide, b, SMALL, torch.float64)
-            exact = nsa_attention(q[one].double(), *keys_values, gates[one].double(), SMALL, scale=0.125 / size, backend="reference", blocks=blocks[one])
-            error = (found[b].double() - exact[0]).abs().max() / exact.abs().max()
-            assert error <= 8 * torch.finfo(dtype).eps, f"length {length}: {error:.3g}"
+        check_fp8_of_any_size(exponents, dtype, SMALL, [300, 128, 700], 30, 64)
 
     @pytest.mark.parametrize("threshold", [None, 0, 30, 64])
     @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [torch.float16])], ids=str)

@@ -16,7 +16,8 @@ CONFIG = NSAConfig(8, 4, 16, 4, 1, 2, 32)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an H100 as its first GPU and a V100 as its second, as far as the choice goes."""
+    """A machine with an H100 as its first GPU and a V100 as its second, as far as the choice goes, and without the CUDA extension."""
+    monkeypatch.setattr(dispatch, "extension_missing", lambda: "the CUDA extension is not built")
     monkeypatch.setattr(dispatch, "_TRITON", True)
     monkeypatch.setattr(dispatch, "_INTERPRET", False)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -29,6 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "extension_missing", lambda: "torch sees no NVIDIA GPU")
     monkeypatch.setattr(dispatch, "_TRITON", True)
     monkeypatch.setattr(dispatch, "_INTERPRET", True)
 

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from nsa_transformer.kernels import dispatch
+from nsa_transformer.kernels import dispatch, sparse_attention
 from nsa_transformer.training import doctor
 
 CPU: dict[str, Any] = {
@@ -25,11 +26,17 @@ CPU: dict[str, Any] = {
     "bf16": True,
 }
 H100 = {"name": "NVIDIA H100 PCIe", "memory_bytes": 80 * 1024**3, "capability": "9.0", "bf16": True, "peak_bf16_flops": 756.5e12}
+RTX = {"name": "NVIDIA GeForce RTX 5090", "memory_bytes": 32 * 1024**3, "capability": "12.0", "bf16": True, "peak_bf16_flops": None}
 V100 = {"name": "Tesla V100-SXM2-16GB", "memory_bytes": 16 * 1024**3, "capability": "7.0", "bf16": False, "peak_bf16_flops": None}
 
+NOT_BUILT = "the CUDA extension is not built"
 
-def report(monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], interpret: bool = False, files: str = "Python.h") -> dict[str, list[str]]:
-    """Lines of the report by the name of what they are about; the last of several. Only files ending in `files` exist."""
+
+def report(
+    monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], interpret: bool = False, files: str = "Python.h", library: object = NOT_BUILT
+) -> dict[str, list[str]]:
+    """Lines of the report by the name of what they are about; the last of several. Only files ending in `files` exist. `library`: the CUDA extension's, or
+    what is wrong with it."""
     capabilities = [tuple(map(int, gpu["capability"].split("."))) for gpu in machine["gpus"]]
     monkeypatch.setattr(doctor, "describe_machine", lambda: machine)
     monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
@@ -40,6 +47,9 @@ def report(monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], interpret: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    shared = {(7, 0): 96, (9, 0): 227, (12, 0): 99}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(shared_memory_per_block_optin=shared[capabilities[index]] << 10))
+    monkeypatch.setattr(sparse_attention, "_load", lambda: library)
     text = doctor.doctor_report()
     assert text.endswith("\n")
     return {" ".join(line[11:].split("  ")[0].split()): line.split() for line in text.splitlines() if line.startswith("  ")}
@@ -64,11 +74,24 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NVIDIA H100 PCIe, 80.0 GiB" in " ".join(lines["gpu 0"])
     assert lines["triton"] == ["ok", "triton", "triton", "3.7.1"]
     assert " ".join(lines["auto"]).startswith("auto triton on GPU tensors of bf16, fp16, fp32 with head widths 64, 128, 192, 256")
-    assert "setup.py build_ext --inplace" in " ".join(lines["cuda"])
     lines = report(monkeypatch, machine | {"gpus": [H100, V100]})
     assert "MFU is not shown" in " ".join(lines["gpu 1"])
     assert " ".join(lines["triton"]).startswith("missing triton not on gpu 1")
     assert "triton on GPU tensors" in " ".join(lines["auto"])
+
+
+def test_the_extension_is_there_or_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc")
+    hopper = CPU | {"gpus": [V100, H100], "cuda": "13.0"}
+    command = f"cd {sparse_attention.setup.FOLDER} && python setup.py build_ext --inplace"
+    for why in (NOT_BUILT, "the CUDA extension was built from other sources, and is to be built again"):
+        assert " ".join(report(monkeypatch, hopper, library=why)["cuda"]) == f"missing cuda {why}: {command}"
+    lines = report(monkeypatch, hopper, library=SimpleNamespace())
+    assert " ".join(lines["cuda"]) == "ok cuda the CUDA C++ extension, for nsa_decode"
+    assert " ".join(lines["auto"]).endswith("else reference; nsa_decode: cuda where it takes a step of 32 or more pairs of sequence and key/value head")
+    for gpus in ([], [V100], [RTX]):
+        line = " ".join(report(monkeypatch, CPU | {"gpus": gpus, "cuda": "13.0"})["cuda"])
+        assert line.startswith("missing cuda the CUDA C++ extension needs an NVIDIA GPU of compute capability 9.0 (H100, H200) or higher with 227 KB of shared")
 
 
 def test_what_triton_needs_to_build_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,101 @@
+"""Decoding in CUDA C++: one new token of each sequence against its cache, in one launch that waits for nothing on the host. csrc/decode.cu has the kernel."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from nsa_transformer.config import NSAConfig
+from nsa_transformer.kernels.paged import PagedKeysValues, page_rows
+from nsa_transformer.kernels.sparse_attention import NEEDS, STORES, Arguments, capable, library
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTHS = (64, 128)
+GEOMETRY = {"compress_block": 32, "compress_stride": 16, "select_block": 64}
+MOST_HEADS = 16  # of a key/value head
+MOST_SELECTED = 32
+MOST_CHOSEN = 16  # of those, by importance
+MOST_PAIRS = 65535  # of sequences and key/value heads, CUDA's limit for the second axis of a grid
+KEYS = 16  # of a group, csrc/decode.cu's unit of work
+CLUSTERS = (16, 8, 4, 2, 1)  # blocks that share a pair
+ALIGNMENT = 16  # bytes, of what the kernel copies at once
+LOG2E = 1.4426950408889634
+
+
+def refuses(q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> str | None:
+    """Why the kernel does not take these inputs, which are those of a step, as a phrase; None if it does."""
+    sequences, heads, dk = q.shape
+    kv_heads, dv = cache.k_slc.shape[1], cache.v_slc.shape[3]
+    if q.device.type != "cuda" or not capable(q.device.index or 0):
+        return f"q is on {q.device}, which is not {NEEDS}"
+    if q.dtype not in DTYPES:
+        return f"q has dtype {q.dtype}, not one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
+    if dk != dv or dk not in WIDTHS:
+        return f"the head widths {dk} and {dv} are not both one of {', '.join(map(str, WIDTHS))}"
+    if heads // kv_heads > MOST_HEADS:
+        return f"{heads // kv_heads} query heads share a key/value head, more than {MOST_HEADS}"
+    for name, size in GEOMETRY.items():
+        if getattr(config, name) != size:
+            return f"{name} is {getattr(config, name)}, not {size}"
+    if config.num_local < 1:
+        return "num_local is 0, not 1 or more"
+    if config.num_selected > MOST_SELECTED:
+        return f"num_selected is {config.num_selected}, more than {MOST_SELECTED}"
+    if (chosen := config.num_selected - config.num_initial - config.num_local) > MOST_CHOSEN:
+        return f"num_selected - num_initial - num_local, blocks chosen by importance, is {chosen}, more than {MOST_CHOSEN}"
+    if sequences == 0 or cache.pages.shape[1] == 0:
+        return "there is no sequence, or none with a page"
+    if sequences * kv_heads > MOST_PAIRS:
+        return f"{sequences} sequences with {kv_heads} key/value heads are {sequences * kv_heads} pairs, more than {MOST_PAIRS}"
+    for name in STORES:
+        x = getattr(cache, name)
+        if x is not None and x.data_ptr() % ALIGNMENT:
+            return f"{name} begins at an address that is no multiple of {ALIGNMENT} bytes"
+    if q.is_contiguous() and q.data_ptr() % ALIGNMENT:
+        return f"q begins at an address that is no multiple of {ALIGNMENT} bytes"
+    return None
+
+
+def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float) -> tuple[Tensor, Tensor]:
+    """q [B, Hq, Dk], gates [B, Hq, 3], which `refuses` takes: out [B, Hq, Dv], and the blocks int32 [B, Hkv, n] in no order, -1 where there are fewer."""
+    sequences, heads, width = q.shape
+    kv_heads, max_pages, ring = cache.k_slc.shape[1], cache.pages.shape[1], cache.k_win.shape[2]
+    pairs, groups = sequences * kv_heads, (max_pages * page_rows(config) + ring) // KEYS
+    kind = {"bfloat16": q.dtype == torch.bfloat16, "width": width, "fp8": cache.k_scale is not None, "pairs": pairs}
+    step = _sizes(groups=groups, cluster=cluster_size(q.device, groups, **kind), **kind)
+    out, chosen = q.new_empty(sequences, heads, width), torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
+    q, gates = q.contiguous(), gates.contiguous()
+    for name in (*STORES, "pages", "lengths"):
+        x = getattr(cache, name)
+        setattr(step, name, None if x is None else x.data_ptr())
+    step.q, step.gates, step.out, step.chosen = q.data_ptr(), gates.data_ptr(), out.data_ptr(), chosen.data_ptr()
+    step.scale, step.kv_heads, step.group, step.float_gates = scale * LOG2E, kv_heads, heads // kv_heads, gates.dtype == torch.float32
+    step.num_selected, step.num_initial, step.num_local = config.num_selected, config.num_initial, config.num_local
+    step.window, step.ring, step.max_pages = config.window, ring, max_pages
+    step.threshold, step.recent = cache.threshold, 0 if cache.k_recent is None else cache.k_recent.shape[2]
+    floats = library().nsa_decode_notes(step)
+    if floats:  # more than shared memory holds
+        notes = torch.empty(floats, dtype=torch.float32, device=q.device)
+        step.notes = notes.data_ptr()
+    problem = library().nsa_decode(step, torch.cuda.current_stream(q.device).cuda_stream)
+    if problem is not None:
+        raise RuntimeError(f"the CUDA extension's nsa_decode: {problem.decode()}")
+    return out, chosen
+
+
+@lru_cache(maxsize=1024)
+def cluster_size(device: torch.device, groups: int, *, bfloat16: bool, width: int, fp8: bool, pairs: int) -> int:
+    """Blocks that share a pair: as many as leave room for all pairs at once on `device`, which is the current one; 1 where even those have to queue."""
+    for cluster in CLUSTERS:
+        step = _sizes(groups=groups, cluster=cluster, bfloat16=bfloat16, width=width, fp8=fp8, pairs=pairs)
+        # Minus an error where the device has no such cluster; an error of another kind comes again with the launch.
+        if library().nsa_decode_clusters(step) >= pairs:
+            return cluster
+    return 1
+
+
+def _sizes(*, groups: int, cluster: int, **kind: int) -> Arguments:
+    """What the launch's shape depends on. `groups`: of compressed keys and of the window, as far as the table of pages goes."""
+    return Arguments(cluster=cluster, most_groups=-(-groups // cluster), **kind)
