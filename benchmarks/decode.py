@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--heads 64/4/128] [--sizes 1x8k 1x64k 16x8k 16x64k] [--out DIR]
 
-Each side is one CUDA graph, replayed; before each, something else is read until the L2 cache holds nothing of it. What chooses other blocks than the float64
+Sparse attention by what `auto` takes and, where that is the CUDA extension, by the Triton kernels beside it. Each side is one CUDA graph, replayed; before each, something else is read until the L2 cache holds nothing of it. What chooses other blocks than the float64
 reference, or errs more than twice as much as plain PyTorch in bf16, gets no speed. Keys and values are normal random data. Writes a page and the raw numbers.
 """
 
@@ -28,7 +28,7 @@ from benchmarks.baselines import DENSE
 from benchmarks.page import markdown_table
 from benchmarks.shapes import Heads, length_name, parse_length, parse_shape
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels import PagedKeysValues, nsa_attention, nsa_decode
+from nsa_transformer.kernels import PagedKeysValues, available_backends, nsa_attention, nsa_decode
 from nsa_transformer.kernels.decode import gather_sequence
 from nsa_transformer.kernels.paged import page_rows, page_tokens, quantize_rows, recent_tokens, ring_tokens
 
@@ -129,24 +129,29 @@ def bytes_read(size: Size, heads: Heads, config: NSAConfig, item: int) -> int:
 def measure(size: Size, heads: Heads, config: NSAConfig, timer: timing.Timer, device: torch.device) -> dict[str, Any]:
     row: dict[str, Any] = {"size": size.name, "status": "ok", "bytes": bytes_read(size, heads, config, 2)}
     try:
-        passed, row["check"] = check(heads, config, [min(n, size.length) for n in CHECKED], torch.bfloat16, device)
-        if not passed:
-            return row | {"status": f"FAILED: {row['check']}"}
+        for backend in [name for name in available_backends() if name != "reference"]:
+            passed, said = check(heads, config, [min(n, size.length) for n in CHECKED], torch.bfloat16, device, backend)
+            row["check"] = f"{row['check']}; {backend}: {said}" if "check" in row else f"{backend}: {said}"
+            if not passed:
+                return row | {"status": f"FAILED: {row['check']}"}
         cache = random_cache([size.length] * size.batch, heads, config, torch.bfloat16, device)
         q, gates = queries(size.batch, heads, torch.bfloat16, device)
         small = quantized(cache, config)
         k, v = ((torch.randn(size.batch, heads.hkv, size.length, width, device=device)).bfloat16() for width in (heads.dk, heads.dv))
         calls = {
-            "sparse": recorded(lambda: nsa_decode(q, gates, cache, config, backend="triton")),
-            "sparse, FP8": recorded(lambda: nsa_decode(q, gates, small, config, backend="triton")),
+            "sparse": recorded(lambda: nsa_decode(q, gates, cache, config)),
+            "sparse, FP8": recorded(lambda: nsa_decode(q, gates, small, config)),
         }
+        row["kernels"] = timing.kernels_of(lambda: nsa_decode(q, gates, cache, config))
+        if not any(name.startswith("decode_") for name in row["kernels"]):
+            calls["Triton"] = recorded(lambda: nsa_decode(q, gates, cache, config, backend="triton"))
+            calls["Triton, FP8"] = recorded(lambda: nsa_decode(q, gates, small, config, backend="triton"))
         for name, kind in DENSE.items():
             with sdpa_kernel(kind):
                 calls[name] = recorded(lambda: scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True))
         found = timing.measure(calls, timer)
         row["times"] = {name: value.ms for name, value in found.items()}
         row["problems"] = {name: value.problem for name, value in found.items() if value.problem}
-        row["kernels"] = timing.kernels_of(lambda: nsa_decode(q, gates, cache, config, backend="triton"))
     except Exception as error:  # a size that fails leaves the others their turn
         row["status"] = f"error: {timing.describe(error)}"
     return row
@@ -166,14 +171,26 @@ def render(results: dict[str, Any]) -> str:
     table, parts = [], []
     for row in results["rows"]:
         if row["status"] != "ok":
-            table.append([row["size"], row["status"].replace("|", "/"), *[""] * 6])
+            table.append([row["size"], row["status"].replace("|", "/"), *[""] * 7])
             continue
         times = row["times"]
         us = {name: "–" if ms is None else f"{ms * 1e3:.1f}" for name, ms in times.items()}
         ours, dense = times["sparse"], times["cuDNN"]
         ratio = "–" if ours is None or dense is None else f"{dense / ours:.2f}"
         share = "–" if ours is None else f"{row['bytes'] / ours * 1e3 / rate:.0%}"
-        table.append([row["size"], us["sparse"], us["sparse, FP8"], us["cuDNN"], us["FA2"], ratio, share, row["check"]])
+        table.append(
+            [
+                row["size"],
+                us["sparse"],
+                us["sparse, FP8"],
+                f"{us['Triton']}, {us['Triton, FP8']}" if "Triton" in us else "the same",
+                us["cuDNN"],
+                us["FA2"],
+                ratio,
+                share,
+                row["check"],
+            ]
+        )
         parts.append([row["size"], ", ".join(f"`{name[:40]}` {ms * 1e3:.1f}" for name, ms in row["kernels"].items() if "decode" in name)])
     text = [
         f"# A step of decoding on {facts['gpu']}, {facts['date']}",
@@ -182,8 +199,9 @@ def render(results: dict[str, Any]) -> str:
         "cache taken by other data, read, before each, all sides in turn, best of 3 rounds' medians. "
         f"FP8: blocks older than {THRESHOLD} tokens in e4m3. *Of the copy rate*: "
         f"bytes of compressed keys and values, window and chosen blocks, over the time, beside {rate / 1e12:.2f} TB/s of a copy on this card. Random "
-        "scores choose the blocks; what a trained model chooses costs the same.",
-        markdown_table(["sequences x tokens", "sparse", "sparse, FP8", "cuDNN dense", "FA2 dense", "× cuDNN", "of the copy rate", "check"], table),
+        "scores choose the blocks; what a trained model chooses costs the same. Sparse is what `auto` takes: the CUDA extension where there are many sequences, else the "
+        "Triton kernels, which are timed beside it (*by Triton*: 16 bits, FP8).",
+        markdown_table(["sequences x tokens", "sparse", "sparse, FP8", "by Triton", "cuDNN dense", "FA2 dense", "× cuDNN", "of the copy rate", "check"], table),
         "## Its kernels, microseconds, not in a graph",
         markdown_table(["sequences x tokens", "kernels"], parts),
     ]

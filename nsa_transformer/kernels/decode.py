@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_transformer.config import NSAConfig
-from nsa_transformer.kernels.dispatch import AUTO_PAIRS, check_backend_name, choose_backend, extension_missing, fp8_refuses
+from nsa_transformer.kernels.dispatch import check_backend_name, choose_backend, extension_missing, fp8_refuses
 from nsa_transformer.kernels.nsa import nsa_attention
 from nsa_transformer.kernels.paged import SCALE, NewRows, PagedKeysValues, gather_pages, page_rows, page_tokens, recent_tokens, ring_tokens, write_rows
 
@@ -32,8 +32,8 @@ def nsa_decode(
         config: the geometry.
         scale: of the scores; None: `Dk ** -0.5`.
         backend: `triton`: four launches of fixed shape, none waiting for the host. `reference`: gathers each sequence, reading the lengths on the host, and
-            calls `nsa_attention`. `cuda`: one launch, of the CUDA extension. `auto`: `cuda` where it takes a step of AUTO_PAIRS or more pairs of sequence and
-            key/value head, else as `decoding_backend` says.
+            calls `nsa_attention`. `cuda`: one launch, of the CUDA extension. `auto`: `cuda` where it takes the step and there are enough
+            sequences for it, else as `decoding_backend` says.
         return_blocks: also return the attended blocks.
 
     Returns:
@@ -84,15 +84,16 @@ def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, bac
 
 def _takes_extension(backend: str, q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> bool:
     """Whether the CUDA extension computes this step; a `ValueError` saying why not where it was asked for by name."""
-    large = backend == "auto" and q.device.type == "cuda" and len(q) * cache.k_slc.shape[1] >= AUTO_PAIRS and extension_missing() is None
-    if backend != "cuda" and not large:
+    if backend != "cuda" and (backend != "auto" or q.device.type != "cuda" or extension_missing() is not None):
         return False
-    from nsa_transformer.kernels.sparse_attention.decode import refuses
+    from nsa_transformer.kernels.sparse_attention import decode as extension
 
-    refusal = refuses(q, cache, config)
-    if backend == "cuda" and refusal is not None:
+    refusal = extension.refuses(q, cache, config)
+    if backend == "auto":
+        return refusal is None and extension.worthwhile(q, cache, config)
+    if refusal is not None:
         raise ValueError(f"backend='cuda' does not take these inputs: {refusal}; write backend='auto' or 'reference'")
-    return refusal is None
+    return True
 
 
 def decoding_backend(backend: str, q: Tensor, v: Tensor, config: NSAConfig, quantized: bool, name: str = "q") -> str:

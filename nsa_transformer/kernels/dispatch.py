@@ -18,8 +18,6 @@ CAPABILITY = (8, 0)  # compute capability that the Triton kernels are built for,
 FP8_CAPABILITY = (8, 9)  # for e4m3
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # and the dtypes,
 WIDTHS = (64, 128, 192, 256)  # and the head widths
-# Pairs of sequence and key/value head of a step from which on `auto` takes the CUDA extension: below, the Triton kernels are as fast.
-AUTO_PAIRS = 32
 CUDA_COMPUTES = "the CUDA extension computes nsa_decode alone"
 _TRITON = find_spec("triton") is not None
 # The words that Triton takes for true. It decides when it is imported, so asking once is enough.
@@ -122,7 +120,7 @@ def interpreted() -> bool:
 
 def describe_auto() -> str:
     """What `backend="auto"` picks on this machine, and why, in words."""
-    steps = "" if extension_missing() is not None else f"; nsa_decode: cuda where it takes a step of {AUTO_PAIRS} or more pairs of sequence and key/value head"
+    steps = "" if extension_missing() is not None else "; nsa_decode: cuda where it takes the step and there are many sequences"
     return _describe_kernels() + steps
 
 

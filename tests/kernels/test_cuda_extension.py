@@ -27,6 +27,7 @@ from . import test_decode as plain
 
 PAPER = NSAConfig()
 SOURCE = setup.FOLDER / "csrc" / "decode.cu"
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in setup.sources())
 
 
 def nvcc_missing() -> str | None:
@@ -47,7 +48,8 @@ def copied(folder: Path, text: str | None = None) -> Path:
     (folder / "csrc").mkdir(parents=True)
     shutil.copy(setup.FOLDER / "setup.py", folder)
     if text is None:
-        shutil.copy(SOURCE, folder / "csrc")
+        for path in setup.sources():
+            shutil.copy(path, folder / "csrc")
     else:
         (folder / "csrc" / "some.cu").write_text(text, encoding="utf-8")
     return folder
@@ -148,7 +150,7 @@ def test_what_is_built_here_is_loaded_here(tmp_path: Path, monkeypatch: pytest.M
     step = extension._sizes(groups=5000, cluster=16, bfloat16=True, width=128, fp8=False, pairs=3)
     assert step.most_groups == 313 and floats(step) == 3 * 16 * 313 * 100
     assert floats(extension._sizes(groups=5000, cluster=16, bfloat16=False, width=64, fp8=True, pairs=3)) == 0
-    with (folder / "csrc" / "decode.cu").open("a", encoding="utf-8") as file:
+    with (folder / "csrc" / "tiles.cuh").open("a", encoding="utf-8") as file:
         file.write("// changed\n")
     fresh(monkeypatch)
     assert sparse_attention.library_missing() == "the CUDA extension was built from other sources, and is to be built again"
@@ -169,7 +171,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(shared_memory_per_block_optin=227 << 10))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(shared_memory_per_block_optin=227 << 10, multi_processor_count=132))
 
 
 def test_a_library_that_is_not_there_or_none(hopper: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_importing_the_package_loads_nothing() -> None:
 
 
 def test_the_arguments_are_those_of_the_source() -> None:
-    (body,) = re.findall(r'extern "C" struct NsaDecode \{(.*?)\};', SOURCE.read_text(encoding="utf-8"), re.DOTALL)
+    (body,) = re.findall(r'extern "C" struct NsaDecode \{(.*?)\};', TEXT, re.DOTALL)
     declared = []
     for kind, names in re.findall(r"^ +(?:const )?(void|int|float) ([^;]+);", body, re.MULTILINE):
         for name in names.split(","):
@@ -215,11 +217,11 @@ def test_the_arguments_are_those_of_the_source() -> None:
 
 
 def test_constants_are_those_of_the_source() -> None:
-    found = {name: int(size) for name, size in re.findall(r"\b([A-Z_]+) = (\d+)\b", SOURCE.read_text(encoding="utf-8"))}
+    found = {name: int(size) for name, size in re.findall(r"\b([A-Z_]+) = (\d+)\b", TEXT)}
     assert (found["STRIDE"], found["BLOCK"], found["SELECT"]) == (PAPER.compress_stride, PAPER.compress_block, PAPER.select_block)
     assert (found["HEADS"], found["MOST_CHOSEN"], found["BEST"]) == (extension.MOST_HEADS, extension.MOST_SELECTED, extension.MOST_CHOSEN)
     assert (found["KEYS"], found["ROWS"], found["MOST_BLOCKS"]) == (extension.KEYS, page_rows(PAPER), extension.CLUSTERS[0])
-    assert f"SHARED = {sparse_attention.SHARED >> 10} << 10;" in SOURCE.read_text(encoding="utf-8")
+    assert f"SHARED = {sparse_attention.SHARED >> 10} << 10;" in TEXT
 
 
 # --------------------------------------------------------------------------------------------------------------- what it takes
@@ -289,10 +291,12 @@ def test_what_it_takes(hopper: None, changes: dict[str, Any], config: NSAConfig)
 
 
 def test_auto_takes_it_for_many_pairs(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where enough of 132 multiprocessors have work, also in the last of several rounds."""
     monkeypatch.setattr(sparse_attention, "_load", lambda: SimpleNamespace())
-    assert dispatch.AUTO_PAIRS == 32 and "nsa_decode: cuda where it takes a step of 32 or more pairs" in dispatch.describe_auto()
-    assert door._takes_extension("auto", *step(sequences=8), PAPER)
-    assert not door._takes_extension("auto", *step(sequences=7), PAPER)
+    monkeypatch.setattr(extension, "cluster_size", lambda device, pairs, **kind: next((size for size, most in ((4, 30), (2, 66)) if pairs <= most), 1))
+    assert "nsa_decode: cuda where it takes the step and there are many sequences" in dispatch.describe_auto()
+    taken = [pairs for pairs in (4, 20, 23, 24, 30, 32, 40, 66, 68, 79, 80, 132, 150, 158, 159, 1000) if door._takes_extension("auto", *step(pairs, 1), PAPER)]
+    assert taken == [24, 30, 40, 66, 80, 132, 159, 1000]
     assert door._takes_extension("cuda", *step(sequences=1), PAPER)
     assert not door._takes_extension("triton", *step(), PAPER) and not door._takes_extension("reference", *step(), PAPER)
     assert not door._takes_extension("auto", *step(dk=256, dv=256), PAPER), "what it does not take goes to the others"
@@ -416,7 +420,9 @@ class TestOnGPU:
 
     def test_clusters_leave_room_for_all_pairs(self) -> None:
         kind = {"bfloat16": True, "width": 128, "fp8": False}
-        sizes = [extension.cluster_size(torch.device("cuda", torch.cuda.current_device()), 544, **kind, pairs=pairs) for pairs in (1, 8, 16, 64, 132, 10000)]
+        sizes = [
+            extension.cluster_size(torch.device("cuda", torch.cuda.current_device()), groups=544, **kind, pairs=pairs) for pairs in (1, 8, 16, 64, 132, 10000)
+        ]
         assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1 and sizes[-1] == 1
 
     def test_a_graph_of_it_is_replayed(self) -> None:

@@ -88,7 +88,7 @@ def test_the_extension_is_there_or_says_how_to_get_it(monkeypatch: pytest.Monkey
         assert " ".join(report(monkeypatch, hopper, library=why)["cuda"]) == f"missing cuda {why}: {command}"
     lines = report(monkeypatch, hopper, library=SimpleNamespace())
     assert " ".join(lines["cuda"]) == "ok cuda the CUDA C++ extension, for nsa_decode"
-    assert " ".join(lines["auto"]).endswith("else reference; nsa_decode: cuda where it takes a step of 32 or more pairs of sequence and key/value head")
+    assert " ".join(lines["auto"]).endswith("else reference; nsa_decode: cuda where it takes the step and there are many sequences")
     for gpus in ([], [V100], [RTX]):
         line = " ".join(report(monkeypatch, CPU | {"gpus": gpus, "cuda": "13.0"})["cuda"])
         assert line.startswith("missing cuda the CUDA C++ extension needs an NVIDIA GPU of compute capability 9.0 (H100, H200) or higher with 227 KB of shared")

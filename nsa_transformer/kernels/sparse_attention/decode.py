@@ -21,6 +21,9 @@ MOST_PAIRS = 65535  # of sequences and key/value heads, CUDA's limit for the sec
 KEYS = 16  # of a group, csrc/decode.cu's unit of work
 CLUSTERS = (16, 8, 4, 2, 1)  # blocks that share a pair
 ALIGNMENT = 16  # bytes, of what the kernel copies at once
+# From how many pairs on, and from which share of the multiprocessors with work, `auto` takes this kernel (benchmarks/log.md).
+AUTO_PAIRS = 24
+AUTO_BUSY = 0.6
 LOG2E = 1.4426950408889634
 
 
@@ -61,10 +64,9 @@ def refuses(q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> str | None:
 def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, scale: float) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Dk], gates [B, Hq, 3], which `refuses` takes: out [B, Hq, Dv], and the blocks int32 [B, Hkv, n] in no order, -1 where there are fewer."""
     sequences, heads, width = q.shape
-    kv_heads, max_pages, ring = cache.k_slc.shape[1], cache.pages.shape[1], cache.k_win.shape[2]
-    pairs, groups = sequences * kv_heads, (max_pages * page_rows(config) + ring) // KEYS
-    kind = {"bfloat16": q.dtype == torch.bfloat16, "width": width, "fp8": cache.k_scale is not None, "pairs": pairs}
-    step = _sizes(groups=groups, cluster=cluster_size(q.device, groups, **kind), **kind)
+    kv_heads = cache.k_slc.shape[1]
+    kind = _kind(q, cache, config)
+    step = _sizes(cluster=cluster_size(q.device, **kind), **kind)
     out, chosen = q.new_empty(sequences, heads, width), torch.empty(sequences, kv_heads, config.num_selected, dtype=torch.int32, device=q.device)
     q, gates = q.contiguous(), gates.contiguous()
     for name in (*STORES, "pages", "lengths"):
@@ -73,7 +75,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     step.q, step.gates, step.out, step.chosen = q.data_ptr(), gates.data_ptr(), out.data_ptr(), chosen.data_ptr()
     step.scale, step.kv_heads, step.group, step.float_gates = scale * LOG2E, kv_heads, heads // kv_heads, gates.dtype == torch.float32
     step.num_selected, step.num_initial, step.num_local = config.num_selected, config.num_initial, config.num_local
-    step.window, step.ring, step.max_pages = config.window, ring, max_pages
+    step.window, step.ring, step.max_pages = config.window, cache.k_win.shape[2], cache.pages.shape[1]
     step.threshold, step.recent = cache.threshold, 0 if cache.k_recent is None else cache.k_recent.shape[2]
     floats = library().nsa_decode_notes(step)
     if floats:  # more than shared memory holds
@@ -85,17 +87,32 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
     return out, chosen
 
 
+def worthwhile(q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> bool:
+    """Whether the Triton kernels would be slower, for inputs that `refuses` takes."""
+    kind = _kind(q, cache, config)
+    multiprocessors: int = torch.cuda.get_device_properties(q.device).multi_processor_count
+    blocks = kind["pairs"] * cluster_size(q.device, **kind)
+    rounds = -(-blocks // multiprocessors)  # a block has a multiprocessor for itself
+    return kind["pairs"] >= AUTO_PAIRS and blocks >= AUTO_BUSY * rounds * multiprocessors
+
+
+def _kind(q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> dict[str, int]:
+    """What the launch's shape depends on. groups: of compressed keys, as far as the table of pages goes."""
+    groups = cache.pages.shape[1] * page_rows(config) // KEYS
+    return {
+        "bfloat16": q.dtype == torch.bfloat16, "width": q.shape[2], "fp8": cache.k_scale is not None, "pairs": len(q) * cache.k_slc.shape[1], "groups": groups
+    }  # fmt: skip
+
+
 @lru_cache(maxsize=1024)
-def cluster_size(device: torch.device, groups: int, *, bfloat16: bool, width: int, fp8: bool, pairs: int) -> int:
+def cluster_size(device: torch.device, *, pairs: int, **kind: int) -> int:
     """Blocks that share a pair: as many as leave room for all pairs at once on `device`, which is the current one; 1 where even those have to queue."""
     for cluster in CLUSTERS:
-        step = _sizes(groups=groups, cluster=cluster, bfloat16=bfloat16, width=width, fp8=fp8, pairs=pairs)
         # Minus an error where the device has no such cluster; an error of another kind comes again with the launch.
-        if library().nsa_decode_clusters(step) >= pairs:
+        if library().nsa_decode_clusters(_sizes(cluster=cluster, pairs=pairs, **kind)) >= pairs:
             return cluster
     return 1
 
 
 def _sizes(*, groups: int, cluster: int, **kind: int) -> Arguments:
-    """What the launch's shape depends on. `groups`: of compressed keys and of the window, as far as the table of pages goes."""
     return Arguments(cluster=cluster, most_groups=-(-groups // cluster), **kind)

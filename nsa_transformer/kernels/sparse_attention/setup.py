@@ -24,8 +24,9 @@ FLAGS = [
 ]
 
 
-def sources() -> list[Path]:
-    return sorted((FOLDER / "csrc").glob("*.cu"))
+def sources(suffix: str = "") -> list[Path]:
+    """csrc's files whose names end so."""
+    return sorted((FOLDER / "csrc").glob(f"*{suffix}"))
 
 
 def source_hash() -> int:
@@ -53,9 +54,9 @@ def build() -> None:
     """Raises: FileNotFoundError where there is no nvcc; subprocess.CalledProcessError where it fails, having said why. Then what was there before is left."""
     nvcc = find_nvcc()
     unfinished = LIBRARY.with_name(f"{LIBRARY.stem}.{os.getpid()}.so")
-    print(f"{nvcc} compiles {', '.join(path.name for path in sources())}", flush=True)
+    print(f"{nvcc} compiles {', '.join(path.name for path in sources('.cu'))}", flush=True)
     try:
-        subprocess.run([nvcc, *FLAGS, f"-DNSA_SOURCES={source_hash():#x}ULL", "-o", str(unfinished), *map(str, sources())], check=True)
+        subprocess.run([nvcc, *FLAGS, f"-DNSA_SOURCES={source_hash():#x}ULL", "-o", str(unfinished), *map(str, sources(".cu"))], check=True)
         unfinished.replace(LIBRARY)
     finally:
         unfinished.unlink(missing_ok=True)
