@@ -2,8 +2,9 @@
 
     python benchmarks/decode.py [--heads 64/4/128] [--sizes 1x8k 1x64k 16x8k 16x64k] [--out DIR]
 
-Sparse attention by what `auto` takes and, where that is the CUDA extension, by the Triton kernels beside it. Each side is one CUDA graph, replayed; before each, something else is read until the L2 cache holds nothing of it. What chooses other blocks than the float64
-reference, or errs more than twice as much as plain PyTorch in bf16, gets no speed. Keys and values are normal random data. Writes a page and the raw numbers.
+Sparse attention by what `auto` takes and, where that is the CUDA extension, by the Triton kernels beside it. Each side is one CUDA graph, replayed; before
+each, something else is read until the L2 cache holds nothing of it. What chooses other blocks than the float64 reference, or errs more than twice as much as
+plain PyTorch in bf16, gets no speed. Keys and values are normal random data. Writes a page and the raw numbers.
 """
 
 from __future__ import annotations
@@ -199,8 +200,8 @@ def render(results: dict[str, Any]) -> str:
         "cache taken by other data, read, before each, all sides in turn, best of 3 rounds' medians. "
         f"FP8: blocks older than {THRESHOLD} tokens in e4m3. *Of the copy rate*: "
         f"bytes of compressed keys and values, window and chosen blocks, over the time, beside {rate / 1e12:.2f} TB/s of a copy on this card. Random "
-        "scores choose the blocks; what a trained model chooses costs the same. Sparse is what `auto` takes: the CUDA extension where there are many sequences, else the "
-        "Triton kernels, which are timed beside it (*by Triton*: 16 bits, FP8).",
+        "scores choose the blocks; what a trained model chooses costs the same. Sparse is what `auto` takes: the CUDA "
+        "extension where there are many sequences, else the Triton kernels, which are timed beside it (*by Triton*: 16 bits, FP8).",
         markdown_table(["sequences x tokens", "sparse", "sparse, FP8", "by Triton", "cuDNN dense", "FA2 dense", "× cuDNN", "of the copy rate", "check"], table),
         "## Its kernels, microseconds, not in a graph",
         markdown_table(["sequences x tokens", "kernels"], parts),

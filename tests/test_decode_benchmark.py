@@ -44,11 +44,13 @@ def test_a_quantized_cache_is_one_that_can_be_read() -> None:
 
 
 def test_page() -> None:
-    times = {"sparse": 0.05, "sparse, FP8": None, "cuDNN": 0.4, "FA2": 0.5}
+    times = {"sparse": 0.05, "sparse, FP8": None, "Triton": 0.06, "Triton, FP8": 0.07, "cuDNN": 0.4, "FA2": 0.5}
     row = {"size": "16x64k", "status": "ok", "bytes": 75_000_000, "check": "error 0.90 of plain", "times": times, "kernels": {"decode_scan": 0.03, "fill": 1.0}}
+    small = row | {"size": "1x8k", "times": {name: ms for name, ms in times.items() if "Triton" not in name}}
     known = dict.fromkeys(("gpu", "power_limit", "driver", "python", "torch", "triton", "cudnn", "commit", "date", "command"), "?") | {"memory_bytes": 8e10}
-    page = bench.render({"facts": known, "heads": "64/4/128", "copy_rate": 3e12, "rows": [row, {"size": "1x8k", "status": "FAILED: a|b"}]})
-    assert "| 16x64k | 50.0 | – | 400.0 | 500.0 | 8.00 | 50% | error 0.90 of plain |" in page
+    page = bench.render({"facts": known, "heads": "64/4/128", "copy_rate": 3e12, "rows": [row, small, {"size": "1x64k", "status": "FAILED: a|b"}]})
+    assert "| 16x64k | 50.0 | – | 60.0, 70.0 | 400.0 | 500.0 | 8.00 | 50% | error 0.90 of plain |" in page
+    assert "| 1x8k | 50.0 | – | the same | 400.0 | 500.0 | 8.00 | 50% | error 0.90 of plain |" in page
     assert "FAILED: a/b" in page and "`decode_scan` 30.0" in page and "fill" not in page
 
 
