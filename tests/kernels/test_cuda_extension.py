@@ -390,6 +390,24 @@ class TestOnGPU:
         assert sparse_attention.library().nsa_decode_notes(step) > 0
         compare(cache, torch.bfloat16, 8, 128)
 
+    @pytest.mark.parametrize("gap", [88, 180], ids=["no weight", "no number"])
+    def test_a_key_far_above_the_next_ones(self, cluster: int, gap: int) -> None:
+        """The last of 16 keys, which counts for two blocks, by more than float32 has room for: for the second block too, where another warp has that."""
+        config, length = NSAConfig(32, 16, 64, 15, 1, 2, 512), 8000
+        parts = plain.sequences([length], config, torch.float16, 1, 64, 64)
+        parts[0][0].zero_()
+        parts[0][0][..., 0] = -gap
+        for i, group in enumerate([16, 7, 25, 10, 1, 22, 13, 19, 28, 4]):  # no two neighbours; six of them are the twelve blocks
+            parts[0][0][16 * group + 15, :, 0] = -i / 4
+        cache = plain.paged(parts, config, torch.float16)
+        q = torch.zeros(1, 4, 64, dtype=torch.float16, device="cuda")
+        q[..., 0] = 8  # scores in base e are a key's first number
+        gates = torch.ones(1, 4, 3, device="cuda")
+        expected, chosen = nsa_decode(q, gates, cache, config, backend="reference", return_blocks=True)
+        found, blocks = nsa_decode(q, gates, cache, config, backend="cuda", return_blocks=True)
+        assert blocks.tolist() == chosen.tolist() == [[sorted([0, 123, 124] + [b for g in (16, 7, 25, 10, 1, 22) for b in (4 * g + 3, 4 * g + 4)])]]
+        torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(torch.float16).eps)
+
     def test_gates_in_16_bit(self) -> None:
         cache = plain.paged(plain.sequences([3000, 70], PAPER, torch.bfloat16, 2, 128, 128), PAPER, torch.bfloat16)
         compare(cache, torch.bfloat16, 4, 128, gates_dtype=torch.bfloat16)

@@ -171,11 +171,11 @@ __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Nsa
             score<T, D>(s, q, slot, lane);
             finish_scores(s, a.scale, there, lane);
             const float next_before[2] = {s[1][1], s[1][3]};
-            if (run == 0 && item < first) {
+            now.step(s, fade);
+            if (run == 0 && item < first) {  // of this key the largest score alone: what it spills is at most 1 then, and no infinity
                 before[0] = next_before[0], before[1] = next_before[1];
                 continue;
             }
-            now.step(s, fade);
             now.add(s, fade);
             if (run == 0 && item < scans) {
                 float *const note = notes + item * 4 * NOTE;
