@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,6 +305,29 @@ def test_auto_takes_it_for_many_pairs(hopper: None, monkeypatch: pytest.MonkeyPa
         door._takes_extension("cuda", *step(dk=256, dv=256), PAPER)
     monkeypatch.setattr(sparse_attention, "_load", lambda: "the CUDA extension is not built")
     assert not door._takes_extension("auto", *step(), PAPER) and "cuda" not in dispatch.describe_auto()
+
+
+def test_a_cluster_is_sized_for_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which `auto` asks about while another one is the current one."""
+    current, asked = ["cuda:0"], []
+
+    @contextmanager
+    def device(there: torch.device) -> Iterator[None]:
+        current.append(str(there))
+        yield
+        current.pop()
+
+    def clusters(step: sparse_attention.Arguments) -> int:
+        asked.append((current[-1], step.cluster))
+        return -1 if step.cluster == 16 else 100 // step.cluster
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(extension, "library", lambda: SimpleNamespace(nsa_decode_clusters=clusters))
+    size = extension.cluster_size.__wrapped__
+    kind = {"groups": 32, "bfloat16": 1, "width": 128, "fp8": 0}
+    assert size(torch.device("cuda:1"), pairs=25, **kind) == 4
+    assert asked == [("cuda:1", 16), ("cuda:1", 8), ("cuda:1", 4)] and current == ["cuda:0"]
+    assert size(torch.device("cuda:1"), pairs=101, **kind) == 1
 
 
 def test_nsa_decode_says_why_it_is_not_there(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

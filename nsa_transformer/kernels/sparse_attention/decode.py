@@ -106,11 +106,12 @@ def _kind(q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> dict[str, int
 
 @lru_cache(maxsize=1024)
 def cluster_size(device: torch.device, *, pairs: int, **kind: int) -> int:
-    """Blocks that share a pair: as many as leave room for all pairs at once on `device`, which is the current one; 1 where even those have to queue."""
-    for cluster in CLUSTERS:
-        # Minus an error where the device has no such cluster; an error of another kind comes again with the launch.
-        if library().nsa_decode_clusters(_sizes(cluster=cluster, pairs=pairs, **kind)) >= pairs:
-            return cluster
+    """Blocks that share a pair: as many as leave room for all pairs at once on `device`; 1 where even those have to queue."""
+    with torch.cuda.device(device):
+        for cluster in CLUSTERS:
+            # Minus an error where the device has no such cluster; an error of another kind comes again with the launch.
+            if library().nsa_decode_clusters(_sizes(cluster=cluster, pairs=pairs, **kind)) >= pairs:
+                return cluster
     return 1
 
 
