@@ -117,6 +117,8 @@ def test_a_build_replaces_the_library_at_once(tmp_path: Path) -> None:
 def test_the_hash_knows_sources_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "FOLDER", copied(tmp_path / "a", "one"))
     first = setup.source_hash()
+    (tmp_path / "a" / "csrc" / ".some.cu.swp").write_text("an editor's", encoding="utf-8")
+    (tmp_path / "a" / "csrc" / ".ipynb_checkpoints").mkdir()
     assert first == setup.source_hash() and 0 <= first < 1 << 64
     (tmp_path / "a" / "csrc" / "some.cu").write_text("two", encoding="utf-8")
     second = setup.source_hash()

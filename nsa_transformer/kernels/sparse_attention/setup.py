@@ -24,9 +24,9 @@ FLAGS = [
 ]
 
 
-def sources(suffix: str = "") -> list[Path]:
-    """csrc's files whose names end so."""
-    return sorted((FOLDER / "csrc").glob(f"*{suffix}"))
+def sources(*suffixes: str) -> list[Path]:
+    """csrc's files with one of these suffixes; without any, all that the compiler reads: not what an editor or a system leaves beside them."""
+    return sorted(path for path in (FOLDER / "csrc").glob("*") if path.suffix in (suffixes or (".cu", ".cuh")))
 
 
 def source_hash() -> int:
