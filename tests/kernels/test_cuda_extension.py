@@ -153,6 +153,12 @@ def test_what_is_built_here_is_loaded_here(tmp_path: Path, monkeypatch: pytest.M
     step = extension._sizes(groups=5000, cluster=16, bfloat16=True, width=128, fp8=False, pairs=3)
     assert step.most_groups == 313 and floats(step) == 3 * 16 * 313 * 100
     assert floats(extension._sizes(groups=5000, cluster=16, bfloat16=False, width=64, fp8=True, pairs=3)) == 0
+    if not torch.cuda.is_available():  # to the library this is a driver that is too old, or none
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            fresh(patch)
+            found = sparse_attention.library_missing()
+            assert found is not None and re.fullmatch(r"the CUDA extension as it is built cannot use the GPU \(.*CUDA.*\)", found)
     with (folder / "csrc" / "tiles.cuh").open("a", encoding="utf-8") as file:
         file.write("// changed\n")
     fresh(monkeypatch)

@@ -77,6 +77,9 @@ def _load() -> ctypes.CDLL | str:
     sources.restype = ctypes.c_ulonglong
     if sources() != setup.source_hash():
         return "the CUDA extension was built from other sources, and is to be built again"
+    found.nsa_problem.restype = ctypes.c_char_p
+    if torch.cuda.is_available() and (problem := found.nsa_problem()) is not None:
+        return f"the CUDA extension as it is built cannot use the GPU ({problem.decode()})"
     arguments = ctypes.POINTER(Arguments)
     found.nsa_decode_notes.argtypes, found.nsa_decode_notes.restype = [arguments], ctypes.c_longlong
     found.nsa_decode_clusters.argtypes, found.nsa_decode_clusters.restype = [arguments], ctypes.c_int

@@ -508,6 +508,13 @@ cudaError_t launch_types(const NsaDecode &a, cudaStream_t stream, Use use) {
 // Of the sources and flags that this was built from.
 extern "C" unsigned long long nsa_sources() { return NSA_SOURCES; }
 
+// Why no GPU here runs anything of this, or null: for one, a driver older than the CUDA toolkit that this was built with.
+extern "C" const char *nsa_problem() {
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 // Floats of `notes` in global memory, 0 where shared memory holds them.
 extern "C" long long nsa_decode_notes(const NsaDecode *a) {
     const bool held = a->width == 128 ? (a->fp8 ? holds_notes<128, true>(*a) : holds_notes<128, false>(*a))
