@@ -422,6 +422,11 @@ class TestOnGPU:
         assert sparse_attention.library().nsa_decode_notes(step) > 0
         compare(cache, torch.bfloat16, 8, 128)
 
+    def test_long_sequences(self, cluster: int) -> None:
+        """A warp with more than 32 pages and more than 64 blocks, where few blocks share a pair."""
+        cache = plain.paged(plain.sequences([300_000, 40_000], PAPER, torch.float16, 1, 64, 64), PAPER, torch.float16)
+        compare(cache, torch.float16, 4, 64)
+
     @pytest.mark.parametrize("gap", [88, 180], ids=["no weight", "no number"])
     def test_a_key_far_above_the_next_ones(self, cluster: int, gap: int) -> None:
         """The last of 16 keys, which counts for two blocks, by more than float32 has room for: for the second block too, where another warp has that."""
