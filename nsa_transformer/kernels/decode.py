@@ -84,8 +84,8 @@ def append_rows(rows: NewRows, cache: PagedKeysValues, config: NSAConfig, *, bac
 
 def _takes_extension(backend: str, q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> bool:
     """Whether the CUDA extension computes this step; a `ValueError` saying why not where it was asked for by name."""
-    if backend != "cuda" and (backend != "auto" or q.device.type != "cuda" or extension_missing() is not None):
-        return False
+    if backend != "cuda" and (backend != "auto" or q.device.type != "cuda" or extension_missing() is not None or torch.compiler.is_compiling()):
+        return False  # torch.compile would leave its graph for a call through ctypes
     from nsa_transformer.kernels.sparse_attention import decode as extension
 
     refusal = extension.refuses(q, cache, config)

@@ -311,8 +311,11 @@ def test_auto_takes_it_for_many_pairs(hopper: None, monkeypatch: pytest.MonkeyPa
     assert not door._takes_extension("auto", *step(dk=256, dv=256), PAPER), "what it does not take goes to the others"
     with pytest.raises(ValueError, match=r"^backend='cuda' does not take these inputs: the head widths 256 and 256 .*; write backend='auto' or 'reference'"):
         door._takes_extension("cuda", *step(dk=256, dv=256), PAPER)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not door._takes_extension("auto", *step(132, 1), PAPER) and door._takes_extension("cuda", *step(132, 1), PAPER)
     monkeypatch.setattr(sparse_attention, "_load", lambda: "the CUDA extension is not built")
-    assert not door._takes_extension("auto", *step(), PAPER) and "cuda" not in dispatch.describe_auto()
+    assert not door._takes_extension("auto", *step(132, 1), PAPER) and "cuda" not in dispatch.describe_auto()
 
 
 def test_a_cluster_is_sized_for_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
