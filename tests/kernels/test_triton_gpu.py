@@ -40,8 +40,8 @@ class Shape:
 
     @property
     def times(self) -> int:
-        """Of plain PyTorch's error. float32 is a known gap: on an H100 dq has 2.2 times its RMS error and 3.9 times its largest, by products that add up
-        one key after the other; the rest is within 2 times. docs/attention.md says so."""
+        """Of plain PyTorch's error. That of float32 is from before the forward's sums kept their weights from tile to tile: dq had 2.2 times its RMS error and
+        3.9 times its largest on an H100. docs/attention.md names it."""
         return 5 if self.dtype == torch.float32 else 2
 
     def case(self, lengths: list[int], **keywords: Any) -> Case:

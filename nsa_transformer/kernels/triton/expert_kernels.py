@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from nsa_transformer.kernels.triton.common import add_dot
-
 # Grids of products over rows have one axis, column tiles fastest: the second axis of a grid ends at 65,535.
 
 
@@ -63,8 +61,8 @@ def experts_up(
     for k in tl.range(0, H, DEPTH, num_stages=STAGES):
         mask = inside[:, None] & (k + depth < H)[None, :]
         a = tl.load(rows + (k + depth)[None, :], mask=mask, other=0.0)
-        gate = add_dot(a, tl.trans(w13.load([at, k])), gate, PRECISION)
-        up = add_dot(a, tl.trans(w13.load([at + WIDTH, k])), up, PRECISION)
+        gate = tl.dot(a, tl.trans(w13.load([at, k])), gate, input_precision=PRECISION)
+        up = tl.dot(a, tl.trans(w13.load([at + WIDTH, k])), up, input_precision=PRECISION)
     to = column + tl.arange(0, N)
     mask = inside[:, None] & (to < WIDTH)[None, :]
     dtype = activation.dtype.element_ty
@@ -99,7 +97,7 @@ def experts_product(
         b = tl.trans(right.load([expert * B + column, k])) if TRANSPOSED else right.load([expert * A + k, column])
         if A % DEPTH != 0 and not TRANSPOSED:  # the next expert's matrix follows, and may hold what makes NaN of 0
             b = tl.where((k + tl.arange(0, DEPTH) < A)[:, None], b, 0.0)
-        total = add_dot(a, b, total, PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
     place = _place(order, row, inside)
     to = column + tl.arange(0, N)
     tl.store(out + place.to(tl.int64)[:, None] * B + to[None, :], total.to(out.dtype.element_ty), mask=inside[:, None] & (to < B)[None, :])
@@ -182,7 +180,7 @@ def experts_down_backward(
         b = w2.load([expert * H + k, column])
         if H % DEPTH != 0:
             b = tl.where((k + depth < H)[:, None], b, 0.0)
-        back = add_dot(a, b, back, PRECISION)
+        back = tl.dot(a, b, back, input_precision=PRECISION)
     weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
     # By quarters: each of the epilogue's six tiles would be as many registers as the sum.
     left, right = _halves(back)
@@ -220,6 +218,6 @@ def experts_outer(
         else:
             left = tl.load(sorted_rows + row.to(tl.int64)[:, None] * A + at_a[None, :], mask=inside[:, None] & (at_a < A)[None, :], other=0.0)
             right = tl.load(gathered + token.to(tl.int64)[:, None] * B + at_b[None, :], mask=inside[:, None] & (at_b < B)[None, :], other=0.0)
-        total = add_dot(tl.trans(left), right, total, PRECISION)
+        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
     to = (expert.to(tl.int64) * A + at_a)[:, None] * B + at_b[None, :]
     tl.store(out + to, total.to(out.dtype.element_ty), mask=(at_a < A)[:, None] & (at_b < B)[None, :])

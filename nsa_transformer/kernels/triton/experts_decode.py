@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nsa_transformer.kernels.triton.common import add_dot, aligned, launches_dependently, packed, precision
+from nsa_transformer.kernels.triton.common import aligned, launches_dependently, packed, precision
 from nsa_transformer.kernels.triton.expert_kernels import silu
 from nsa_transformer.kernels.triton.expert_slots import AT_HAND, COPIED, Slots
 from nsa_transformer.kernels.triton.experts import Tile, sum_rows
@@ -110,7 +110,7 @@ def experts_decode_up(
             inside = (k + depth < H)[None, :]
             a = tl.load(tokens + (k + depth)[None, :], mask=there[:, None] & inside, other=0.0)
             b = tl.load(strip + (k + depth)[None, :], mask=(of < WIDTH)[:, None] & inside, other=0.0)
-            total = add_dot(a, tl.trans(b), total, PRECISION)
+            total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
         gate, up = tl.split(tl.reshape(total, [M, N, 2]))
         # Rounded as in training, where the backward starts from the rounded ones.
         dtype = activation.dtype.element_ty
@@ -146,7 +146,7 @@ def experts_decode_down(
             inside = (k + depth < WIDTH)[None, :]
             a = tl.load(activation + wide * WIDTH + (k + depth)[None, :], mask=there[:, None] & inside, other=0.0)
             b = tl.load(strip + (k + depth)[None, :], mask=(to < H)[:, None] & inside, other=0.0)
-            total = add_dot(a, tl.trans(b), total, PRECISION)
+            total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
         tl.store(out + wide * H + to[None, :], total.to(out.dtype.element_ty), mask=there[:, None] & (to < H)[None, :])
 
 
