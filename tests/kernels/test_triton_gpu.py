@@ -42,7 +42,7 @@ class Shape:
     def times(self) -> int:
         """Of plain PyTorch's error. That of float32 is from before the forward's sums kept their weights from tile to tile: dq had 2.2 times its RMS error and
         3.9 times its largest on an H100. docs/attention.md names it."""
-        return 5 if self.dtype == torch.float32 else 2
+        return 2
 
     def case(self, lengths: list[int], **keywords: Any) -> Case:
         return make_case(lengths, self.config, hkv=self.hkv, group=self.group, dk=self.dk, dv=self.dv, dtype=self.dtype, device=DEVICE, **keywords)
