@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Nsa
     told->best[threadIdx.x] = 0;
     cluster_arrive();  // waited for before anything is told: by then every block of the cluster has begun
 
-    // What a block of the cluster has to do: a run of the groups of compressed keys, then of the window's; each warp has a run of both, counted within the block.
+    // What a block of the cluster has to do: a run of the groups of compressed keys, then of the window's. Each warp has a run of both, counted within the
+    // block.
     const int visible = length >= BLOCK ? (length - BLOCK) / STRIDE + 1 : 0, groups = (visible + KEYS - 1) / KEYS, near = a.ring / KEYS;
     const int shift = 31 - __clz(W), log_blocks = 31 - __clz(C);
     const int first_group = groups * rank >> log_blocks, scans = (groups * (rank + 1) >> log_blocks) - first_group;

@@ -34,14 +34,14 @@ __device__ __forceinline__ uint32_t load_word(uint32_t from) {
 
 __host__ __device__ constexpr int small_slot(int D) { return KEYS * 2 * D + 64; }  // bytes of a group, with its scales
 
-// Groups `from`, from + step, ... (`count` of them) of `units`: of each block its place, in blocks, and how many rows are there (all of them). Sums [16, D] go to
-// acc, of which a thread has other columns than elsewhere: acc[n][i] is column (2 t + i % 2) D / 8 + n.
+// Groups `from`, from + step, ... (`count` of them) of `units`: of each block its place, in blocks, and how many rows are there (all of them). Sums [16, D] go
+// to acc, of which a thread has other columns than elsewhere: acc[n][i] is column (2 t + i % 2) D / 8 + n.
 //
-// Products are in float16: queries times a power of two that brings the largest to 2^14 ... 2^15. A key's scale multiplies its score. log2 of a value's is added
-// to it: so weights are for what is stored and at most 1, whatever the scales, and their sum takes it back. LEFT slots from `slots` on.
+// Products are in float16: queries times a power of two that brings the largest to 2^14 ... 2^15. A key's scale multiplies its score. log2 of a value's is
+// added to it: so weights are for what is stored and at most 1, whatever the scales, and their sum takes it back. LEFT slots from `slots` on.
 template <typename T, int D, int LEFT>
-__device__ __forceinline__ void attend_e4m3(float (&acc)[D / 8][4], Softmax &softmax, uint32_t (&q)[D / 16][4], const T *queries, const NsaDecode &a, const int2 *units,
-                                            int from, int count, int step, uint32_t slots, int lane) {
+__device__ __forceinline__ void attend_e4m3(float (&acc)[D / 8][4], Softmax &softmax, uint32_t (&q)[D / 16][4], const T *queries, const NsaDecode &a,
+                                            const int2 *units, int from, int count, int step, uint32_t slots, int lane) {
     static_assert(D == 64 || D == 128);
     static_assert(LEFT >= 2);
     constexpr int SLOT = small_slot(D);
@@ -53,7 +53,8 @@ __device__ __forceinline__ void attend_e4m3(float (&acc)[D / 8][4], Softmax &sof
             const int64_t row = static_cast<int64_t>(units[unit / 4].x) * SELECT + unit % 4 * KEYS;
             fetch_small<D>(to, static_cast<const char *>(a.k_slc) + row * D, lane);
             fetch_small<D>(to + KEYS * D, static_cast<const char *>(a.v_slc) + row * D, lane);
-            if (lane < 4) copy_async(to + KEYS * 2 * D + lane * 16, static_cast<const char *>(lane < 2 ? a.k_scale : a.v_scale) + row * 2 + lane % 2 * 16, true);
+            const char *const scales = static_cast<const char *>(lane < 2 ? a.k_scale : a.v_scale) + row * 2;
+            if (lane < 4) copy_async(to + KEYS * 2 * D + lane * 16, scales + lane % 2 * 16, true);
         }
         commit();
     };
