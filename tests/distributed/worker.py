@@ -5,6 +5,7 @@ JOBS is a JSON list of `Job`s as objects.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import dataclass
@@ -107,8 +108,15 @@ def train(job: Job, world: World) -> None:
     save_checkpoint(out, job.first + job.steps, model, optimizer, {"note": "ü"}, texts, world, 9)
 
 
+def main(text: str) -> None:
+    jobs = [Job(**each) for each in json.loads(text)]
+    with open_world(jobs[0].device) as world:
+        for job in jobs:
+            train(job, world)
+
+
 if __name__ == "__main__":
-    jobs = [Job(**each) for each in json.loads(sys.argv[1])]
-    with open_world(jobs[0].device) as this_world:
-        for each_job in jobs:
-            train(each_job, this_world)
+    main(sys.argv[1])
+    # Threads of gloo end with the process group, which models and their mesh hold, in cycles. Those that are left when the interpreter ends abort the process
+    # now and then, when all is done (pytorch/pytorch#179291).
+    gc.collect()
