@@ -22,7 +22,7 @@ _NUMBERS = (
 
 
 class Arguments(ctypes.Structure):
-    """`NsaDecode` of csrc/decode.cu."""
+    """`NsaDecode` of csrc/arguments.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),

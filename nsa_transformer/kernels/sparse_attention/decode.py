@@ -1,7 +1,8 @@
-"""Decoding in CUDA C++: one new token of each sequence against its cache, in one launch that waits for nothing on the host. csrc/decode.cu has the kernel."""
+"""Decoding in CUDA C++: one new token of each sequence against its cache, in one launch that waits for nothing on the host. csrc/decode.cuh has the kernel."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -18,13 +19,12 @@ MOST_HEADS = 16  # of a key/value head
 MOST_SELECTED = 32
 MOST_CHOSEN = 16  # of those, by importance
 MOST_PAIRS = 65535  # of sequences and key/value heads, CUDA's limit for the second axis of a grid
-KEYS = 16  # of a group, csrc/decode.cu's unit of work
+KEYS = 16  # of a group, the kernel's unit of work
 CLUSTERS = (16, 8, 4, 2, 1)  # blocks that share a pair
 ALIGNMENT = 16  # bytes, of what the kernel copies at once
 # From how many pairs on, and from which share of the multiprocessors with work, `auto` takes this kernel (benchmarks/log.md).
 AUTO_PAIRS = 24
 AUTO_BUSY = 0.6
-LOG2E = 1.4426950408889634
 
 
 def refuses(q: Tensor, cache: PagedKeysValues, config: NSAConfig) -> str | None:
@@ -73,7 +73,7 @@ def decode(q: Tensor, gates: Tensor, cache: PagedKeysValues, config: NSAConfig, 
         x = getattr(cache, name)
         setattr(step, name, None if x is None else x.data_ptr())
     step.q, step.gates, step.out, step.chosen = q.data_ptr(), gates.data_ptr(), out.data_ptr(), chosen.data_ptr()
-    step.scale, step.kv_heads, step.group, step.float_gates = scale * LOG2E, kv_heads, heads // kv_heads, gates.dtype == torch.float32
+    step.scale, step.kv_heads, step.group, step.float_gates = scale / math.log(2), kv_heads, heads // kv_heads, gates.dtype == torch.float32
     step.num_selected, step.num_initial, step.num_local = config.num_selected, config.num_initial, config.num_local
     step.window, step.ring, step.max_pages = config.window, cache.k_win.shape[2], cache.pages.shape[1]
     step.threshold, step.recent = cache.threshold, 0 if cache.k_recent is None else cache.k_recent.shape[2]
